@@ -1,0 +1,104 @@
+// The table of CPU kernels. Every instruction set fills one; dispatch.cpp chooses which is used.
+#pragma once
+
+#include <cstdint>
+
+namespace fastvae {
+
+// Storage types, numbered as in fastvae/ops/backend.py. Arithmetic is float, or double for kFloat64.
+enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+// Gaussian sampling + KL. mean, log_var, their gradients: (rows, latent) of `dtype`; z and grad_z: (samples, rows,
+// latent) of `dtype`; kl and grad_kl: (rows) or, without sum_latent, (rows, latent) of the compute type. The prior is of
+// the compute type with prior_rows rows: 0 (standard normal), 1 (shared) or `rows`. Null grad_z or grad_kl mean zero.
+struct Gaussian {
+  DType dtype;
+  const void *mean, *log_var, *prior_mean, *prior_log_var;
+  int64_t prior_rows;
+  const int64_t *seed;
+  int64_t samples, rows, latent;
+  bool sum_latent;
+};
+struct GaussianOutputs {
+  void *z, *kl;
+};
+struct GaussianGradients {
+  const void *grad_z, *grad_kl;
+  void *grad_mean, *grad_log_var;
+  void *grad_prior;  // (2, partials, latent), zeroed: partials is the number of threads for a shared prior, else rows
+  int64_t partials;
+};
+
+// One block of logits, (rows, vocabulary) of the compute type, without the bias, which is added here.
+struct CrossEntropyBlock {
+  bool is_double;
+  void *logits;  // with `gradient` becomes scale[row] * (softmax - one_hot)
+  const void *bias;
+  const int64_t *target;  // (rows), in range: the caller has checked
+  const void *scale;      // (rows), or null for ones
+  void *losses, *lse;     // (rows); with `known_lse`, lse is read and the losses are left alone
+  void *grad_bias;        // (partials, vocabulary), added to; or null
+  int64_t partials, rows, vocabulary;
+  bool gradient, known_lse;
+};
+
+// Packed sequences: rank r is the r-th longest sequence, order[r]. Step t holds the first active[t] ranks, in rows
+// start[t] on; `total` is the number of rows, the sum of the lengths.
+struct LSTMPlan {
+  int64_t batch, time, hidden;
+  const int64_t *lengths;         // (batch), by sequence
+  const int64_t *order;           // (batch)
+  const int64_t *active, *start;  // (time)
+};
+struct LSTMForward {
+  bool is_double;
+  LSTMPlan plan;
+  void *gates;                           // (total, 4 hidden): in, the input's share; out, activated i, f, g, o
+  const void *static_gates;              // (batch, 4 hidden), by sequence
+  const void *h0, *c0;                   // (batch, hidden), by sequence
+  const void *weight_hh;                 // (4 hidden, hidden)
+  void *cells;                           // (total, hidden)
+  void *hidden;                          // (batch, time, hidden), zero in the padding
+  void *h_n, *c_n;                       // (batch, hidden), by sequence
+  void *states, *sorted_h0;              // scratch, (total, hidden) and (batch, hidden)
+  void *packed_weight;                   // scratch, (hidden, 4, hidden rounded up to a multiple of 16)
+};
+struct LSTMBackward {
+  bool is_double;
+  LSTMPlan plan;
+  const void *grad_states;          // (total, hidden)
+  const void *grad_h_n, *grad_c_n;  // (batch, hidden), by sequence
+  const void *gates, *cells, *c0, *weight_hh;
+  void *grad_gates;         // (total, 4 hidden), before the activations
+  void *grad_static_gates;  // (batch, 4 hidden), by sequence
+  void *grad_h0, *grad_c0;  // (batch, hidden), by sequence
+  void *packed_weight;      // scratch, (4 hidden, hidden rounded up to a multiple of 32)
+};
+
+// Makes the plan of a batch and its words after word dropout. Returns `total`, or kBadLength - sequence or
+// kBadToken - element for what is out of range.
+constexpr int64_t kBadLength = -1, kBadToken = INT64_MIN / 2;
+struct WordPacking {
+  const int64_t *tokens, *lengths;  // (batch, time), (batch)
+  int64_t batch, time, vocabulary;
+  const int64_t *seed;
+  float word_dropout;
+  int64_t unk_index;
+  int64_t *order, *active, *start;
+  int64_t *words, *rows;  // (batch * time), the first `total` used: word, and element of tokens it comes from
+};
+
+struct Kernels {
+  const char *isa;
+  void (*gaussian_forward)(const Gaussian &, const GaussianOutputs &);
+  void (*gaussian_backward)(const Gaussian &, const GaussianGradients &);
+  void (*cross_entropy_block)(const CrossEntropyBlock &);
+  int64_t (*pack_words)(const WordPacking &);
+  void (*lstm_forward)(const LSTMForward &);
+  void (*lstm_backward)(const LSTMBackward &);
+};
+
+const Kernels &kernels();             // the chosen table
+const char *const *supported_isas();  // null-terminated, best last
+
+}  // namespace fastvae

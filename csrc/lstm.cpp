@@ -1,0 +1,244 @@
+// The LSTM recurrence over packed sequences, forward and backward (fastvae/ops/lstm.py holds the definition).
+//
+// A step multiplies the active sequences' states (rows) by the packed recurrent weight; the gates are the epilogue, so
+// that a step is one pass. Threads own hidden units: each packs, multiplies and activates its own, and one barrier ends
+// a step. FLOPs per token: 8 hidden^2 forward, 8 hidden^2 backward (the weight's gradient is one product outside). The
+// weight, 16 hidden^2 bytes, is read once a step: it should stay in the second-level caches (hidden <= 512 or so).
+#include "gemm.h"
+#include "philox.h"
+
+namespace fastvae::FASTVAE_ISA {
+namespace {
+
+FASTVAE_INLINE void barrier() {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
+FASTVAE_INLINE int thread_count() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
+struct Range {
+  int64_t first, last;
+};
+FASTVAE_INLINE Range my_share(int64_t count) {
+  const int64_t threads = thread_count(), me = thread_index();
+  return {count * me / threads, count * (me + 1) / threads};
+}
+
+constexpr int64_t kGrainFlops = 200'000;  // of one step; below, a barrier costs more than a second thread brings
+
+template <typename T>
+void forward(const LSTMForward &f) {
+  const LSTMPlan &plan = f.plan;
+  const int64_t H = plan.hidden, G = 4 * H;
+  constexpr int64_t W = kWidth<T>;
+  const int64_t blocks = (H + W - 1) / W;  // of W hidden units: their four gates are a tile's four vectors
+  const T *static_gates = static_cast<const T *>(f.static_gates), *weight = static_cast<const T *>(f.weight_hh);
+  const T *h0 = static_cast<const T *>(f.h0), *c0 = static_cast<const T *>(f.c0);
+  T *gates = static_cast<T *>(f.gates), *cells = static_cast<T *>(f.cells), *states = static_cast<T *>(f.states);
+  T *packed_weight = static_cast<T *>(f.packed_weight), *first_h = static_cast<T *>(f.sorted_h0);
+  T *hidden = static_cast<T *>(f.hidden), *h_n = static_cast<T *>(f.h_n), *c_n = static_cast<T *>(f.c_n);
+  const int threads = int(min<int64_t>(threads_for(plan.batch * 8 * H * H, kGrainFlops), max<int64_t>(blocks, 1)));
+
+#pragma omp parallel num_threads(threads)
+  {
+    const Range mine = my_share(blocks);
+    for (int64_t block = mine.first; block < mine.last; ++block) {
+      T *to = packed_weight + block * H * 4 * W;
+      for (int64_t gate = 0; gate < 4; ++gate) {
+        for (int64_t j = 0; j < W; ++j) {
+          const int64_t unit = block * W + j;
+          const T *from = weight + (gate * H + unit) * H;
+          for (int64_t k = 0; k < H; ++k) to[(k * 4 + gate) * W + j] = unit < H ? from[k] : T(0);
+        }
+      }
+    }
+    const Range sequences = my_share(plan.batch);
+    for (int64_t rank = sequences.first; rank < sequences.last; ++rank) {
+      std::memcpy(first_h + rank * H, h0 + plan.order[rank] * H, size_t(H) * sizeof(T));
+    }
+    barrier();
+
+    for (int64_t t = 0; t < plan.time && plan.active[t] > 0; ++t) {
+      const T *previous_h = t == 0 ? first_h : states + plan.start[t - 1] * H;
+      const int64_t start = plan.start[t];
+      for (int64_t block = mine.first; block < mine.last; ++block) {
+        const int64_t unit = block * W, valid = min<int64_t>(W, H - unit);
+        multiply_packed<T, 4>(
+            plan.active[t], H, previous_h, H, packed_weight + block * H * 4 * W,
+            [&](int64_t first_rank, int count, const T *__restrict product) {
+              for (int r = 0; r < count; ++r, product += 4 * W) {
+                const int64_t rank = first_rank + r, row = start + rank, sequence = plan.order[rank];
+                const T *__restrict extra = static_gates + sequence * G + unit;
+                const T *__restrict previous_c =
+                    (t == 0 ? c0 + sequence * H : cells + (plan.start[t - 1] + rank) * H) + unit;
+                T *__restrict gate = gates + row * G + unit;
+                T *__restrict cell = cells + row * H + unit;
+                T *__restrict state = states + row * H + unit;
+                const auto activate = [&](const int64_t n) __attribute__((always_inline)) {
+#pragma omp simd
+                  for (int64_t j = 0; j < n; ++j) {
+                    const T i = sigmoid(product[j] + gate[j] + extra[j]);
+                    const T forget = sigmoid(product[W + j] + gate[H + j] + extra[H + j]);
+                    const T g = tanh(product[2 * W + j] + gate[2 * H + j] + extra[2 * H + j]);
+                    const T o = sigmoid(product[3 * W + j] + gate[3 * H + j] + extra[3 * H + j]);
+                    const T c = forget * previous_c[j] + i * g;
+                    gate[j] = i, gate[H + j] = forget, gate[2 * H + j] = g, gate[3 * H + j] = o;
+                    cell[j] = c;
+                    state[j] = o * tanh(c);
+                  }
+                };
+                valid == W ? activate(W) : activate(valid);
+              }
+            });
+      }
+      barrier();
+    }
+
+    for (int64_t rank = sequences.first; rank < sequences.last; ++rank) {
+      const int64_t b = plan.order[rank], length = plan.lengths[b];
+      T *to = hidden + b * plan.time * H;
+      for (int64_t t = 0; t < length; ++t, to += H) {
+        std::memcpy(to, states + (plan.start[t] + rank) * H, size_t(H) * sizeof(T));
+      }
+      std::memset(to, 0, size_t((plan.time - length) * H) * sizeof(T));
+      const int64_t last = length == 0 ? 0 : plan.start[length - 1] + rank;
+      std::memcpy(h_n + b * H, length == 0 ? h0 + b * H : states + last * H, size_t(H) * sizeof(T));
+      std::memcpy(c_n + b * H, length == 0 ? c0 + b * H : cells + last * H, size_t(H) * sizeof(T));
+    }
+  }
+}
+
+template <typename T>
+void backward(const LSTMBackward &f) {
+  const LSTMPlan &plan = f.plan;
+  const int64_t H = plan.hidden, G = 4 * H, B = plan.batch;
+  constexpr int64_t kVectors = 2, W = kVectors * kWidth<T>;
+  const int64_t blocks = (H + W - 1) / W;
+  const T *gates = static_cast<const T *>(f.gates), *cells = static_cast<const T *>(f.cells);
+  const T *c0 = static_cast<const T *>(f.c0), *weight = static_cast<const T *>(f.weight_hh);
+  const T *grad_states = static_cast<const T *>(f.grad_states);
+  const T *grad_h_n = static_cast<const T *>(f.grad_h_n), *grad_c_n = static_cast<const T *>(f.grad_c_n);
+  T *grad_gates = static_cast<T *>(f.grad_gates), *grad_static = static_cast<T *>(f.grad_static_gates);
+  T *grad_h0 = static_cast<T *>(f.grad_h0), *grad_c = static_cast<T *>(f.grad_c0);  // grad_c: running, by sequence
+  T *packed_weight = static_cast<T *>(f.packed_weight);
+  const int threads = int(min<int64_t>(threads_for(B * 8 * H * H, kGrainFlops), max<int64_t>(blocks, 1)));
+
+#pragma omp parallel num_threads(threads)
+  {
+    const Range mine = my_share(blocks);
+    for (int64_t block = mine.first; block < mine.last; ++block) {
+      const int64_t unit = block * W, valid = min<int64_t>(W, H - unit);
+      T *to = packed_weight + block * G * W;
+      for (int64_t k = 0; k < G; ++k, to += W) {
+        for (int64_t j = 0; j < W; ++j) to[j] = j < valid ? weight[k * H + unit + j] : T(0);
+      }
+      for (int64_t b = 0; b < B; ++b) {
+        std::memcpy(grad_c + b * H + unit, grad_c_n + b * H + unit, size_t(valid) * sizeof(T));
+        for (int64_t gate = 0; gate < 4; ++gate) {
+          std::memset(grad_static + b * G + gate * H + unit, 0, size_t(valid) * sizeof(T));
+        }
+      }
+    }
+    // Step -1 makes the gradient of h0. A sequence enters, with its gradient of h_n, at its last step: its rank is
+    // then not yet active in the step after.
+    for (int64_t t = plan.time - 1; t >= -1; --t) {
+      const int64_t active = t < 0 ? B : plan.active[t];
+      const int64_t flowing = t + 1 < plan.time ? plan.active[t + 1] : 0;  // these have a step after
+      const T *next_gates = flowing > 0 ? grad_gates + plan.start[t + 1] * G : grad_gates;
+      for (int64_t block = mine.first; block < mine.last; ++block) {
+        const int64_t unit = block * W, valid = min<int64_t>(W, H - unit);
+        const auto step = [&](int64_t rank, const T *__restrict product) {
+          const int64_t sequence = plan.order[rank];
+          const T *__restrict from_next = rank < flowing ? product : grad_h_n + sequence * H + unit;
+          if (t < 0) {
+            std::memcpy(grad_h0 + sequence * H + unit, from_next, size_t(valid) * sizeof(T));
+            return;
+          }
+          const int64_t row = plan.start[t] + rank;
+          const T *__restrict previous_c =
+              (t == 0 ? c0 + sequence * H : cells + (plan.start[t - 1] + rank) * H) + unit;
+          const T *__restrict gate = gates + row * G + unit, *__restrict cell = cells + row * H + unit;
+          const T *__restrict from_output = grad_states + row * H + unit;
+          T *__restrict dc = grad_c + sequence * H + unit;
+          T *__restrict to = grad_gates + row * G + unit, *__restrict sum = grad_static + sequence * G + unit;
+          const auto differentiate = [&](const int64_t n) __attribute__((always_inline)) {
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j) {
+              const T i = gate[j], forget = gate[H + j], g = gate[2 * H + j], o = gate[3 * H + j];
+              const T squashed = tanh(cell[j]);
+              const T dh = from_next[j] + from_output[j];
+              const T d = dc[j] + dh * o * (T(1) - squashed * squashed);
+              const T di = d * g * i * (T(1) - i), df = d * previous_c[j] * forget * (T(1) - forget);
+              const T dg = d * i * (T(1) - g * g), d_out = dh * squashed * o * (T(1) - o);
+              dc[j] = d * forget;
+              to[j] = di, to[H + j] = df, to[2 * H + j] = dg, to[3 * H + j] = d_out;
+              sum[j] += di, sum[H + j] += df, sum[2 * H + j] += dg, sum[3 * H + j] += d_out;
+            }
+          };
+          valid == W ? differentiate(W) : differentiate(valid);
+        };
+        multiply_packed<T, kVectors>(flowing, G, next_gates, G, packed_weight + block * G * W,
+                                     [&](int64_t first_rank, int count, const T *product) {
+                                       for (int r = 0; r < count; ++r) step(first_rank + r, product + r * W);
+                                     });
+        for (int64_t rank = flowing; rank < active; ++rank) step(rank, nullptr);
+      }
+      barrier();
+    }
+  }
+}
+
+}  // namespace
+
+void lstm_forward(const LSTMForward &f) { f.is_double ? forward<double>(f) : forward<float>(f); }
+void lstm_backward(const LSTMBackward &f) { f.is_double ? backward<double>(f) : backward<float>(f); }
+
+int64_t pack_words(const WordPacking &p) {
+  // Counting sort by length, longest first; equal lengths keep their order.
+  const int64_t B = p.batch, T = p.time;
+  for (int64_t t = 0; t < T; ++t) p.active[t] = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    if (p.lengths[b] < 0 || p.lengths[b] > T) return kBadLength - b;
+    if (p.lengths[b] > 0) p.active[p.lengths[b] - 1] += 1;
+  }
+  for (int64_t t = T - 2; t >= 0; --t) p.active[t] += p.active[t + 1];
+  int64_t total = 0;
+  for (int64_t t = 0; t < T; ++t) p.start[t] = total, total += p.active[t];
+  // Ranks of length n are those from active[n] (the longer ones) on; the free place of each length is kept in order's
+  // future slots through a second walk over the lengths.
+  for (int64_t n = T, rank = 0; n >= 0; --n) {
+    const int64_t end = n == 0 ? B : p.active[n - 1];
+    for (int64_t b = 0; rank < end && b < B; ++b) {
+      if (p.lengths[b] == n) p.order[rank++] = b;
+    }
+  }
+
+  int64_t bad = -1;
+#pragma omp parallel for schedule(static) num_threads(threads_for(B * T, 4096)) reduction(max : bad)
+  for (int64_t rank = 0; rank < B; ++rank) {
+    const int64_t b = p.order[rank];
+    float chance[64];
+    for (int64_t t = 0; t < p.lengths[b]; ++t) {
+      if (p.word_dropout > 0 && t % 64 == 0) {
+        fill_uniform(uint64_t(*p.seed), uint64_t(b * T + t), min<int64_t>(64, p.lengths[b] - t), chance);
+      }
+      int64_t word = p.tokens[b * T + t];
+      if (word < 0 || word >= p.vocabulary) bad = max(bad, b * T + t), word = 0;
+      if (p.word_dropout > 0 && t > 0 && chance[t % 64] < p.word_dropout) word = p.unk_index;
+      const int64_t row = p.start[t] + rank;
+      p.words[row] = word;
+      p.rows[row] = b * T + t;
+    }
+  }
+  return bad < 0 ? total : kBadToken - bad;
+}
+
+}  // namespace fastvae::FASTVAE_ISA

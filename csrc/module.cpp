@@ -1,0 +1,105 @@
+// fastvae._C: the kernels for Python. Tensors come as addresses, already checked, contiguous and of one dtype; see
+// fastvae/ops for the only callers.
+#include <pybind11/pybind11.h>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace fastvae;
+
+namespace {
+
+using Address = uintptr_t;
+
+void *at(Address address) { return reinterpret_cast<void *>(address); }
+int64_t *integers(Address address) { return reinterpret_cast<int64_t *>(address); }
+
+Gaussian gaussian(int dtype, Address mean, Address log_var, Address prior_mean, Address prior_log_var,
+                  int64_t prior_rows, Address seed, int64_t samples, int64_t rows, int64_t latent, bool sum_latent) {
+  return {static_cast<DType>(dtype), at(mean), at(log_var), at(prior_mean), at(prior_log_var), prior_rows,
+          integers(seed), samples, rows, latent, sum_latent};
+}
+
+LSTMPlan plan(int64_t batch, int64_t time, int64_t hidden, Address lengths, Address order, Address active,
+              Address start) {
+  return {batch, time, hidden, integers(lengths), integers(order), integers(active), integers(start)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of fastvae";
+  const auto release = py::call_guard<py::gil_scoped_release>();
+
+  m.def("isa", [] { return kernels().isa; });
+  m.def("isas", [] {
+    py::list names;
+    for (const char *const *name = supported_isas(); *name; ++name) names.append(*name);
+    return names;
+  });
+
+  m.def(
+      "gaussian_forward",
+      [](int dtype, Address mean, Address log_var, Address prior_mean, Address prior_log_var, int64_t prior_rows,
+         Address seed, Address z, Address kl, int64_t samples, int64_t rows, int64_t latent, bool sum_latent) {
+        kernels().gaussian_forward(gaussian(dtype, mean, log_var, prior_mean, prior_log_var, prior_rows, seed, samples,
+                                            rows, latent, sum_latent),
+                                   {at(z), at(kl)});
+      },
+      release);
+  m.def(
+      "gaussian_backward",
+      [](int dtype, Address grad_z, Address grad_kl, Address mean, Address log_var, Address prior_mean,
+         Address prior_log_var, int64_t prior_rows, Address seed, Address grad_mean, Address grad_log_var,
+         Address grad_prior, int64_t partials, int64_t samples, int64_t rows, int64_t latent, bool sum_latent) {
+        kernels().gaussian_backward(
+            gaussian(dtype, mean, log_var, prior_mean, prior_log_var, prior_rows, seed, samples, rows, latent,
+                     sum_latent),
+            {at(grad_z), at(grad_kl), at(grad_mean), at(grad_log_var), at(grad_prior), partials});
+      },
+      release);
+
+  m.def(
+      "cross_entropy_block",
+      [](bool is_double, Address logits, Address bias, Address target, Address scale, Address losses, Address lse,
+         Address grad_bias, int64_t partials, int64_t rows, int64_t vocabulary, bool gradient, bool known_lse) {
+        kernels().cross_entropy_block({is_double, at(logits), at(bias), integers(target), at(scale), at(losses),
+                                       at(lse), at(grad_bias), partials, rows, vocabulary, gradient, known_lse});
+      },
+      release);
+
+  m.def(
+      "pack_words",
+      [](Address tokens, Address lengths, int64_t batch, int64_t time, int64_t vocabulary, Address seed,
+         float word_dropout, int64_t unk_index, Address order, Address active, Address start, Address words,
+         Address rows) {
+        return kernels().pack_words({integers(tokens), integers(lengths), batch, time, vocabulary, integers(seed),
+                                     word_dropout, unk_index, integers(order), integers(active), integers(start),
+                                     integers(words), integers(rows)});
+      },
+      release);
+  m.attr("BAD_TOKEN") = kBadToken;
+  m.attr("BAD_LENGTH") = kBadLength;
+  m.def(
+      "lstm_forward",
+      [](bool is_double, int64_t batch, int64_t time, int64_t hidden, Address lengths, Address order,
+         Address active, Address start, Address gates, Address static_gates, Address h0, Address c0, Address weight_hh,
+         Address cells, Address hidden_states, Address h_n, Address c_n, Address states, Address sorted_h0,
+         Address packed_weight) {
+        kernels().lstm_forward({is_double, plan(batch, time, hidden, lengths, order, active, start), at(gates),
+                                at(static_gates), at(h0), at(c0), at(weight_hh), at(cells), at(hidden_states), at(h_n),
+                                at(c_n), at(states), at(sorted_h0), at(packed_weight)});
+      },
+      release);
+  m.def(
+      "lstm_backward",
+      [](bool is_double, int64_t batch, int64_t time, int64_t hidden, Address lengths, Address order,
+         Address active, Address start, Address grad_states, Address grad_h_n, Address grad_c_n, Address gates, Address cells, Address c0,
+         Address weight_hh, Address grad_gates, Address grad_static_gates, Address grad_h0, Address grad_c0,
+         Address packed_weight) {
+        kernels().lstm_backward({is_double, plan(batch, time, hidden, lengths, order, active, start), at(grad_states),
+                                 at(grad_h_n), at(grad_c_n), at(gates), at(cells), at(c0), at(weight_hh),
+                                 at(grad_gates), at(grad_static_gates), at(grad_h0), at(grad_c0), at(packed_weight)});
+      },
+      release);
+}

@@ -1,0 +1,96 @@
+// Elementary functions written so that the compiler turns a loop over them into vector code: no branches, no tables, no
+// library calls. Accuracy, against double precision: exp and expm1 1 ulp, log 1 ulp, cos 1e-7 absolute,
+// sigmoid and tanh 3 ulp. NaN gives NaN.
+#pragma once
+
+#include <cmath>
+
+#include "isa.h"
+
+namespace fastvae::FASTVAE_ISA {
+
+// exp(x) = scale * (1 + fraction), |fraction| <= 0.42. x is clamped to [-87.3, 88.3], where scale stays a normal number.
+struct ExpParts {
+  float scale, fraction;
+};
+
+FASTVAE_INLINE ExpParts exp_parts(float x) {
+  x = x < -87.3f ? -87.3f : x;
+  x = x > 88.3f ? 88.3f : x;
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+  const float shifted = x * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return {bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3F800000u), p * r * r + r};
+}
+
+FASTVAE_INLINE float exp(float x) {
+  const ExpParts e = exp_parts(x);
+  return e.scale * e.fraction + e.scale;
+}
+FASTVAE_INLINE float expm1(float x) {
+  const ExpParts e = exp_parts(x);
+  return e.scale * e.fraction + (e.scale - 1.0f);
+}
+FASTVAE_INLINE double exp(double x) { return std::exp(x); }
+FASTVAE_INLINE double expm1(double x) { return std::expm1(x); }
+
+// Natural logarithm of a positive normal number.
+FASTVAE_INLINE float log(float x) {
+  const int32_t bits = bit_cast<int32_t>(x);
+  const int32_t exponent = (bits - 0x3F3504F3) >> 23;
+  const float e = float(exponent);
+  const float f = bit_cast<float>(bits - int32_t(uint32_t(exponent) << 23)) - 1.0f;  // in [sqrt(1/2), sqrt(2)) - 1
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const float square = f * f;
+  return (f + (p * f * square + (e * -2.12194440e-4f - 0.5f * square))) + e * 0.693359375f;
+}
+FASTVAE_INLINE double log(double x) { return std::log(x); }
+
+// Cosine and sine of an angle in [0, 2 pi].
+struct CosSin {
+  float cos, sin;
+};
+
+FASTVAE_INLINE CosSin cos_sin(float x) {
+  const float shifted = x * 0.636619772f + 12582912.0f;
+  const float n = shifted - 12582912.0f;  // quadrant, 0 to 4
+  const uint32_t quadrant = bit_cast<uint32_t>(shifted);
+  const float r = ((x - n * 1.5703125f) - n * 4.837512969970703e-4f) - n * 7.549789954891848e-8f;
+  const float square = r * r;
+  const float sine = ((-1.9515295891e-4f * square + 8.3321608736e-3f) * square - 1.6666654611e-1f) * square * r + r;
+  const float cosine =
+      ((2.443315711809948e-5f * square - 1.388731625493765e-3f) * square + 4.166664568298827e-2f) * square * square -
+      0.5f * square + 1.0f;
+  const bool odd = quadrant & 1;
+  const uint32_t cos_bits = bit_cast<uint32_t>(odd ? sine : cosine), sin_bits = bit_cast<uint32_t>(odd ? cosine : sine);
+  return {bit_cast<float>(cos_bits ^ (((quadrant + 1) & 2) << 30)), bit_cast<float>(sin_bits ^ ((quadrant & 2) << 30))};
+}
+
+FASTVAE_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
+FASTVAE_INLINE double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+
+FASTVAE_INLINE float tanh(float x) {
+  // expm1 keeps small arguments exact to the last bits; beyond 9 the result is 1.
+  float doubled = 2.0f * x;
+  doubled = doubled > 18.0f ? 18.0f : doubled;
+  const float e = expm1(doubled);
+  return e / (e + 2.0f);
+}
+FASTVAE_INLINE double tanh(double x) { return std::tanh(x); }
+
+}  // namespace fastvae::FASTVAE_ISA

@@ -1,0 +1,1 @@
+"""Op families: the reference, schema, backends, autograd and public function of each in one file."""

@@ -1,0 +1,121 @@
+"""Which backend serves which op: the C++ core on CPU, Triton on CUDA, the reference everywhere else."""
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+LIBRARY = torch.library.Library("fastvae", "DEF")
+
+_REINSTALL = "reinstall with a C++17 compiler at hand: pip install --force-reinstall --no-deps fastvae"
+
+
+class Backend(NamedTuple):
+    """One row of ``fastvae info``: what serves `op` on `device`, and why."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+
+
+def _load_core() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("fastvae._C"), ""
+    except ImportError as error:
+        if importlib.util.find_spec("fastvae._C") is None:
+            return None, f"the C++ core was not built; {_REINSTALL}"
+        return None, f"the C++ core failed to load ({error}); {_REINSTALL}"
+
+
+CORE, CORE_MISSING = _load_core()
+TRITON_MISSING = (
+    "" if importlib.util.find_spec("triton") else "Triton is not installed; pip install 'fastvae[gpu]'"
+)
+_OPS: list[str] = []
+
+if CORE is None:
+    warnings.warn(f"fastvae: CPU ops run on the slower reference path: {CORE_MISSING}", stacklevel=2)
+
+
+def cpu_isa() -> str | None:
+    """Instruction set the C++ core runs with ("baseline", "avx2", "avx512"), or None without a core."""
+    return None if CORE is None else CORE.isa()
+
+
+def describe() -> list[Backend]:
+    """List, for each op and device, the backend that serves it and the reason."""
+    rows = []
+    for op in _OPS:
+        cpu = ("C++", f"instruction set {cpu_isa()}") if CORE else ("reference", CORE_MISSING)
+        cuda = ("reference", TRITON_MISSING) if TRITON_MISSING else ("Triton", "triton is installed")
+        rows += [Backend(op, "cpu", *cpu), Backend(op, "cuda", *cuda)]
+    return rows
+
+
+def kernel(module: str, function: str) -> Callable[..., Any]:
+    """Return a call into `fastvae.kernels.<module>`, which is imported, with Triton, at its first use."""
+
+    @functools.cache
+    def load() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"fastvae.kernels.{module}"), function)
+
+    def call(*args: Any) -> Any:
+        return load()(*args)
+
+    return call
+
+
+def register(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    """Define ``fastvae::<schema>`` with one implementation per backend and return the callable op.
+
+    Args:
+        schema: a ``torch.library`` schema, such as ``"double(Tensor x) -> Tensor"``.
+        reference: eager PyTorch implementation, used on every device without a kernel.
+        fake: shape function for tracing.
+        cpu: implementation over the C++ core.
+        cuda: implementation over Triton; None where only the reference exists.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    if CORE is not None:
+        LIBRARY.impl(name, cpu, "CPU")
+    if cuda is not None and not TRITON_MISSING:
+        LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"fastvae::{name}", fake, lib=LIBRARY)
+    _OPS.append(name)
+    return getattr(torch.ops.fastvae, name).default
+
+
+def dtype_code(tensor: torch.Tensor) -> int:
+    """Return the C++ core's number for `tensor`'s dtype (``DType`` in csrc/kernels.h)."""
+    return _DTYPE_CODES[tensor.dtype]
+
+
+def pointer(tensor: torch.Tensor | None) -> int:
+    """Return the address of `tensor`'s first element for the C++ core, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+# Read once: the core fixes its instruction set at import, and a typo must not pass unnoticed.
+if CORE is not None and os.environ.get("FASTVAE_CPU_ISA") not in (None, "", *CORE.isas()):
+    raise ImportError(
+        f"FASTVAE_CPU_ISA: expected one of {', '.join(CORE.isas())} (what this machine and build support), "
+        f"got {os.environ['FASTVAE_CPU_ISA']!r}"
+    )

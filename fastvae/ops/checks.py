@@ -1,0 +1,55 @@
+"""Argument checks shared by the public functions: each error names the argument, the wish and what came."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless `tensor` has one of the supported floating-point types."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
+
+
+def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless `tensor` has the dtype and device of `other`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name}: expected {other.dtype} as {other_name}, got {tensor.dtype}")
+    check_device(name, tensor, other_name, other)
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless `tensor` is on the device of `other`."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} as {other_name}, got {tensor.device}")
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """Raise ValueError unless `tensor` has the `expected` shape; `meaning` names its dimensions."""
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name}: expected shape {meaning} = {expected}, got {tuple(tensor.shape)}")
+
+
+def check_index(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless `tensor` holds int64 indices on the device of `other`."""
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: expected an int64 tensor, got {got}")
+    check_device(name, tensor, other_name, other)
+
+
+def check_seed(seed: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless `seed` is an int64 tensor of shape (1,) on the device of `other`."""
+    check_index("seed", seed, other_name, other)
+    check_shape("seed", seed, (1,), "(1,)")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

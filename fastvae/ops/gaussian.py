@@ -1,0 +1,353 @@
+"""Reparameterized Gaussian sampling and its KL divergence in one pass.
+
+    z = mean + exp(log_var / 2) * noise,    KL(N(mean, var) || N(prior_mean, prior_var)) in nats
+
+The noise comes from :mod:`fastvae.ops.random` at element (s * N + n) * D + d and is made again in the backward
+pass. ``log_var`` and ``prior_log_var`` are clamped to [-40, 40]: every exponential then stays finite in float32, and
+the gradient is zero outside. Source: Kingma & Welling 2014, eq. 10 and appendix B.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastvae.ops.backend import CORE, dtype_code, kernel, pointer, register
+from fastvae.ops.checks import check_choice, check_float, check_like, check_seed
+from fastvae.ops.random import draw_seed, normal
+
+LOG_VAR_LIMIT = 40.0
+
+
+# ------------------------------------------------------------------------------------------------ reference
+def reference_sample_kl(
+    mean: Tensor,
+    log_var: Tensor,
+    prior_mean: Tensor | None,
+    prior_log_var: Tensor | None,
+    seed: Tensor,
+    num_samples: int,
+    sum_latent: bool,
+) -> tuple[Tensor, Tensor]:
+    """Eager definition. mean, log_var (..., D); prior (D,) or (..., D); returns z (S, ..., D) and kl."""
+    compute = _compute_dtype(mean)
+    mean_, log_var_ = mean.to(compute), log_var.to(compute).clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT)
+    shape = (num_samples, *mean.shape)
+    offsets = torch.arange(math.prod(shape), device=mean.device).reshape(shape)
+    z = mean_ + torch.exp(0.5 * log_var_) * normal(seed, offsets).to(compute)
+    if prior_mean is None or prior_log_var is None:
+        kl = 0.5 * (mean_.square() + torch.expm1(log_var_) - log_var_)
+    else:
+        prior_log_var_ = prior_log_var.to(compute).clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT)
+        ratio, distance = log_var_ - prior_log_var_, mean_ - prior_mean.to(compute)
+        kl = 0.5 * (distance.square() * torch.exp(-prior_log_var_) + torch.expm1(ratio) - ratio)
+    return z.to(mean.dtype), kl.sum(-1) if sum_latent else kl
+
+
+def reference_sample_kl_backward(
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    mean: Tensor,
+    log_var: Tensor,
+    prior_mean: Tensor | None,
+    prior_log_var: Tensor | None,
+    seed: Tensor,
+    num_samples: int,
+    sum_latent: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `reference_sample_kl` by autograd; those of an absent prior have no elements."""
+    inputs = [t.detach().requires_grad_() for t in (mean, log_var, prior_mean, prior_log_var) if t is not None]
+    with torch.enable_grad():
+        prior = inputs[2:] or [None, None]
+        outputs = reference_sample_kl(inputs[0], inputs[1], *prior, seed, num_samples, sum_latent)
+    pairs = [(o, g) for o, g in zip(outputs, (grad_z, grad_kl), strict=True) if g is not None]
+    grads = torch.autograd.grad(
+        [o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True, materialize_grads=True
+    )
+    empty = [mean.new_empty(0, dtype=_compute_dtype(mean))] * 2 if prior_mean is None else []
+    return tuple([*grads, *empty])  # type: ignore[return-value]
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+# ----------------------------------------------------------------------------------------------- C++ on CPU
+def _cpu_sample_kl(
+    mean: Tensor,
+    log_var: Tensor,
+    prior_mean: Tensor | None,
+    prior_log_var: Tensor | None,
+    seed: Tensor,
+    num_samples: int,
+    sum_latent: bool,
+) -> tuple[Tensor, Tensor]:
+    assert CORE is not None
+    mean, log_var = mean.contiguous(), log_var.contiguous()
+    rows, latent = _rows(mean)
+    z = torch.empty((num_samples, *mean.shape), dtype=mean.dtype)
+    kl = torch.empty(mean.shape[:-1] if sum_latent else mean.shape, dtype=_compute_dtype(mean))
+    prior_mean, prior_log_var, prior_rows = _contiguous_prior(prior_mean, prior_log_var, rows, latent)
+    CORE.gaussian_forward(
+        dtype_code(mean), pointer(mean), pointer(log_var), pointer(prior_mean), pointer(prior_log_var),
+        prior_rows, pointer(seed), pointer(z), pointer(kl), num_samples, rows, latent, sum_latent,
+    )  # fmt: skip
+    return z, kl
+
+
+def _cpu_sample_kl_backward(
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    mean: Tensor,
+    log_var: Tensor,
+    prior_mean: Tensor | None,
+    prior_log_var: Tensor | None,
+    seed: Tensor,
+    num_samples: int,
+    sum_latent: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert CORE is not None
+    mean, log_var = mean.contiguous(), log_var.contiguous()
+    grad_z = None if grad_z is None else grad_z.contiguous()
+    grad_kl = None if grad_kl is None else grad_kl.contiguous()
+    rows, latent = _rows(mean)
+    grad_mean, grad_log_var = torch.empty_like(mean), torch.empty_like(log_var)
+    prior_shape = (0,) if prior_mean is None else prior_mean.shape
+    prior_mean, prior_log_var, prior_rows = _contiguous_prior(prior_mean, prior_log_var, rows, latent)
+    # A prior shared by all rows gets one partial sum per thread, added up in a fixed order below.
+    partials = torch.get_num_threads() if prior_rows == 1 else prior_rows
+    grad_prior = mean.new_zeros((2, partials, latent), dtype=_compute_dtype(mean))
+    CORE.gaussian_backward(
+        dtype_code(mean), pointer(grad_z), pointer(grad_kl), pointer(mean), pointer(log_var),
+        pointer(prior_mean), pointer(prior_log_var), prior_rows, pointer(seed), pointer(grad_mean),
+        pointer(grad_log_var), pointer(grad_prior), partials, num_samples, rows, latent, sum_latent,
+    )  # fmt: skip
+    if prior_rows == 1:
+        grad_prior = grad_prior.sum(1)
+    grad_prior_mean, grad_prior_log_var = (g.clone().reshape(prior_shape) for g in grad_prior.unbind(0))
+    return grad_mean, grad_log_var, grad_prior_mean, grad_prior_log_var
+
+
+def _contiguous_prior(
+    prior_mean: Tensor | None, prior_log_var: Tensor | None, rows: int, latent: int
+) -> tuple[Tensor | None, Tensor | None, int]:
+    # prior_rows: 0 for the standard normal, 1 for one row shared by all, else one row per datum.
+    if prior_mean is None or prior_log_var is None:
+        return None, None, 0
+    return prior_mean.contiguous(), prior_log_var.contiguous(), 1 if prior_mean.dim() == 1 else rows
+
+
+def _rows(tensor: Tensor) -> tuple[int, int]:
+    return math.prod(tensor.shape[:-1]), tensor.shape[-1]
+
+
+# -------------------------------------------------------------------------------------------- Triton on CUDA
+_triton_forward = kernel("gaussian", "sample_kl_forward")
+_triton_backward = kernel("gaussian", "sample_kl_backward")
+
+
+def _cuda_sample_kl(
+    mean: Tensor,
+    log_var: Tensor,
+    prior_mean: Tensor | None,
+    prior_log_var: Tensor | None,
+    seed: Tensor,
+    num_samples: int,
+    sum_latent: bool,
+) -> tuple[Tensor, Tensor]:
+    if mean.dtype == torch.float64:
+        return reference_sample_kl(mean, log_var, prior_mean, prior_log_var, seed, num_samples, sum_latent)
+    matrix = _rows(mean)
+    prior = [None if p is None else p.reshape(-1, matrix[1]) for p in (prior_mean, prior_log_var)]
+    z, kl = _triton_forward(
+        mean.reshape(matrix).contiguous(), log_var.reshape(matrix).contiguous(), *prior, seed, num_samples, sum_latent
+    )
+    return z.reshape(num_samples, *mean.shape), kl.reshape(mean.shape[:-1] if sum_latent else mean.shape)
+
+
+def _cuda_sample_kl_backward(
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    mean: Tensor,
+    log_var: Tensor,
+    prior_mean: Tensor | None,
+    prior_log_var: Tensor | None,
+    seed: Tensor,
+    num_samples: int,
+    sum_latent: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if mean.dtype == torch.float64:
+        return reference_sample_kl_backward(
+            grad_z, grad_kl, mean, log_var, prior_mean, prior_log_var, seed, num_samples, sum_latent
+        )
+    rows, latent = _rows(mean)
+    if grad_z is None:
+        grad_z = mean.new_zeros((num_samples, rows, latent))
+    if grad_kl is None:
+        grad_kl = mean.new_zeros((rows,) if sum_latent else (rows, latent), dtype=torch.float32)
+    prior = [None if p is None else p.reshape(-1, latent) for p in (prior_mean, prior_log_var)]
+    grads = _triton_backward(
+        grad_z.reshape(num_samples, rows, latent).contiguous(),
+        grad_kl.reshape((rows,) if sum_latent else (rows, latent)).contiguous(),
+        mean.reshape(rows, latent).contiguous(),
+        log_var.reshape(rows, latent).contiguous(),
+        *prior,
+        seed,
+        sum_latent,
+    )
+    likes = (mean, log_var, prior_mean, prior_log_var)
+    return tuple(  # type: ignore[return-value]
+        mean.new_empty(0, dtype=torch.float32) if like is None else grad.reshape(like.shape)
+        for grad, like in zip(grads, likes, strict=True)
+    )
+
+
+# ------------------------------------------------------------------------------------------ schema, autograd
+def _fake_sample_kl(mean: Tensor, log_var: Tensor, prior_mean: Any, prior_log_var: Any, seed: Tensor,
+                    num_samples: int, sum_latent: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kl_shape = mean.shape[:-1] if sum_latent else mean.shape
+    return mean.new_empty((num_samples, *mean.shape)), mean.new_empty(kl_shape, dtype=_compute_dtype(mean))
+
+
+def _fake_sample_kl_backward(grad_z: Any, grad_kl: Any, mean: Tensor, log_var: Tensor, prior_mean: Tensor | None,
+                             prior_log_var: Tensor | None, seed: Tensor, num_samples: int,
+                             sum_latent: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    prior_shape = (0,) if prior_mean is None else prior_mean.shape
+    grad_prior = [mean.new_empty(prior_shape, dtype=_compute_dtype(mean)) for _ in range(2)]
+    return mean.new_empty(mean.shape), mean.new_empty(mean.shape), grad_prior[0], grad_prior[1]
+
+
+_sample_kl = register(
+    "gaussian_sample_kl(Tensor mean, Tensor log_var, Tensor? prior_mean, Tensor? prior_log_var, Tensor seed, "
+    "SymInt num_samples, bool sum_latent) -> (Tensor, Tensor)",
+    reference=reference_sample_kl,
+    fake=_fake_sample_kl,
+    cpu=_cpu_sample_kl,
+    cuda=_cuda_sample_kl,
+)
+_sample_kl_backward = register(
+    "gaussian_sample_kl_backward(Tensor? grad_z, Tensor? grad_kl, Tensor mean, Tensor log_var, "
+    "Tensor? prior_mean, Tensor? prior_log_var, Tensor seed, SymInt num_samples, bool sum_latent) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference_sample_kl_backward,
+    fake=_fake_sample_kl_backward,
+    cpu=_cpu_sample_kl_backward,
+    cuda=_cuda_sample_kl_backward,
+)
+
+
+class _SampleKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, log_var: Tensor, prior_mean: Tensor | None, prior_log_var: Tensor | None,
+                seed: Tensor, num_samples: int, sum_latent: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mean, log_var, prior_mean, prior_log_var, seed)
+        ctx.num_samples, ctx.sum_latent = num_samples, sum_latent
+        return _sample_kl(mean, log_var, prior_mean, prior_log_var, seed, num_samples, sum_latent)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads = _sample_kl_backward(grad_z, grad_kl, *ctx.saved_tensors, ctx.num_samples, ctx.sum_latent)
+        return *(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None
+
+
+# -------------------------------------------------------------------------------------------------- public
+def gaussian_sample_kl(
+    mean: Tensor,
+    log_var: Tensor,
+    *,
+    prior_mean: Tensor | None = None,
+    prior_log_var: Tensor | None = None,
+    num_samples: int | None = None,
+    reduction: str = "sum",
+    generator: torch.Generator | None = None,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample z ~ N(mean, exp(log_var)) with gradients, and its KL divergence from the prior, in one pass.
+
+    Args:
+        mean: posterior means, (..., latent), float32, float64, bfloat16 or float16.
+        log_var: log of the posterior variances, like `mean`; clamped to [-40, 40].
+        prior_mean: prior means, broadcastable to `mean`; 0 if None.
+        prior_log_var: log of the prior variances, broadcastable to `mean`, clamped likewise; 0 if None.
+        num_samples: draw this many samples of each datum; None draws one and adds no dimension.
+        reduction: "sum" adds the KL over the latent dimension, "none" keeps it per dimension.
+        generator: source of the seed, on the device of `mean`; torch's global one if None.
+        seed: int64 tensor (1,) on the device of `mean` to use instead of drawing one.
+
+    Returns:
+        z, in `mean`'s dtype, (..., latent) or (num_samples, ..., latent); and the KL divergence in nats, float32
+        (float64 for float64 input), (...) or (..., latent) for "none".
+
+    Raises:
+        TypeError, ValueError: naming the argument whose type, shape or device is wrong.
+
+    Source: Kingma & Welling 2014, "Auto-encoding variational Bayes".
+    """
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples: expected None or at least 1, got {num_samples}")
+    prior_mean, prior_log_var = _check(mean, log_var, prior_mean, prior_log_var, reduction)
+    if seed is None:
+        seed = draw_seed(mean.device, generator)
+    elif generator is not None:
+        raise ValueError("seed: expected None when a generator is given, got both")
+    else:
+        check_seed(seed, "mean", mean)
+    sum_latent = reduction == "sum"
+    z, kl = _SampleKL.apply(mean, log_var, prior_mean, prior_log_var, seed, num_samples or 1, sum_latent)
+    return (z.squeeze(0) if num_samples is None else z), kl
+
+
+def gaussian_kl(
+    mean: Tensor,
+    log_var: Tensor,
+    *,
+    prior_mean: Tensor | None = None,
+    prior_log_var: Tensor | None = None,
+    reduction: str = "sum",
+) -> Tensor:
+    """KL divergence of N(mean, exp(log_var)) from the prior, in nats.
+
+    Arguments, result and errors as for :func:`gaussian_sample_kl`.
+    """
+    prior_mean, prior_log_var = _check(mean, log_var, prior_mean, prior_log_var, reduction)
+    seed = torch.zeros(1, dtype=torch.int64, device=mean.device)
+    return _SampleKL.apply(mean, log_var, prior_mean, prior_log_var, seed, 0, reduction == "sum")[1]
+
+
+def _check(mean: Tensor, log_var: Tensor, prior_mean: Tensor | None, prior_log_var: Tensor | None,
+           reduction: str) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    check_float("mean", mean)
+    check_like("log_var", log_var, "mean", mean)
+    if mean.dim() == 0 or mean.shape != log_var.shape:
+        raise ValueError(
+            f"log_var: expected the shape (..., latent) of mean, {tuple(mean.shape)}, got {tuple(log_var.shape)}"
+        )
+    check_choice("reduction", reduction, ("sum", "none"))
+    if prior_mean is None and prior_log_var is None:
+        return None, None
+    prior = []
+    for name, tensor in (("prior_mean", prior_mean), ("prior_log_var", prior_log_var)):
+        if tensor is None:
+            tensor = mean.new_zeros((), dtype=_compute_dtype(mean))
+        check_float(name, tensor)
+        if tensor.device != mean.device:
+            raise ValueError(f"{name}: expected device {mean.device} as mean, got {tensor.device}")
+        try:
+            broadcasts = torch.broadcast_shapes(tensor.shape, mean.shape) == mean.shape
+        except RuntimeError:
+            broadcasts = False
+        if not broadcasts:
+            raise ValueError(
+                f"{name}: expected a shape that broadcasts to mean's {tuple(mean.shape)}, got {tuple(tensor.shape)}"
+            )
+        prior.append(tensor.to(_compute_dtype(mean)))
+    # A prior without batch dimensions stays one row, so that its gradient is summed inside the kernel.
+    shared = all(math.prod(tensor.shape[:-1]) == 1 for tensor in prior)
+    shape = mean.shape[-1:] if shared else mean.shape
+    return tuple(
+        tensor.reshape(tensor.shape[-1:]).expand(shape) if shared else tensor.expand(shape) for tensor in prior
+    )  # type: ignore[return-value]
