@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kBlock = kNoiseBlock;
 constexpr float kLogVarLimit = 40.0f;
-constexpr int64_t kGrain = 2048;  // elements a thread should get at least
+constexpr int64_t kGrain = 8192;  // elements a thread should get at least: some 10 us of work
 
 // exp(x) and expm1(x) for the cost of one.
 struct ExpPair {

@@ -37,14 +37,18 @@ FASTVAE_INLINE T max(T a, T b) {
 struct BFloat16 {
   uint16_t bits;
 };
-struct Float16 {
-  _Float16 value;
+struct Float16 {  // by hand: _Float16 is missing from many compilers
+  uint16_t bits;
 };
 
 FASTVAE_INLINE float load(float x) { return x; }
 FASTVAE_INLINE double load(double x) { return x; }
 FASTVAE_INLINE float load(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
-FASTVAE_INLINE float load(Float16 x) { return float(x.value); }
+FASTVAE_INLINE float load(Float16 x) {
+  const uint32_t magnitude = uint32_t(x.bits & 0x7FFF) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
+  const uint32_t scaled = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);  // moves the exponent's bias
+  return bit_cast<float>(((x.bits & 0x7C00) == 0x7C00 ? magnitude | 0x7F800000u : scaled) | sign);
+}
 FASTVAE_INLINE void store(float &to, float x) { to = x; }
 FASTVAE_INLINE void store(double &to, double x) { to = x; }
 FASTVAE_INLINE void store(BFloat16 &to, float x) {
@@ -52,7 +56,14 @@ FASTVAE_INLINE void store(BFloat16 &to, float x) {
   const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   to.bits = uint16_t(x == x ? rounded : 0x7FC0);
 }
-FASTVAE_INLINE void store(Float16 &to, float x) { to.value = _Float16(x); }
+FASTVAE_INLINE void store(Float16 &to, float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7FFFFFFF;
+  const uint32_t normal = (magnitude + 0xC8000FFFu + ((magnitude >> 13) & 1)) >> 13;  // to nearest, ties to even
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
+  const uint32_t special = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  to.bits = uint16_t((magnitude >= 0x47800000u ? special : finite) | ((bits >> 16) & 0x8000));
+}
 
 template <typename T>
 struct ComputeType {

@@ -42,12 +42,16 @@ def reference_with_gradients(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Losses, logsumexp and, by autograd, the gradients of the losses' sum; those not needed have no elements."""
-    inputs = [t.detach().requires_grad_() for t in (hidden, weight, bias) if t is not None]
+    """Losses, logsumexp and, by autograd, the gradients of the losses' sum; those not needed have no elements.
+
+    The gradients have the losses' type: in float16 a sum over many rows would overflow before it is scaled.
+    """
+    compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    inputs = [t.detach().to(compute).requires_grad_() for t in (hidden, weight, bias) if t is not None]
     with torch.enable_grad():
         losses, lse = reference(inputs[0], inputs[1], inputs[2] if bias is not None else None, target, ignore_index)
     grads = torch.autograd.grad(losses.sum(), inputs)
-    return losses.detach(), lse.detach(), *_select(hidden, [*grads], need_hidden, need_weight)
+    return losses.detach(), lse.detach(), *_select(lse, [*grads], need_hidden, need_weight)
 
 
 def reference_backward(
@@ -71,11 +75,11 @@ def reference_backward(
 
 
 def _select(
-    hidden: Tensor, grads: list[Tensor | None], need_hidden: bool, need_weight: bool
+    like: Tensor, grads: list[Tensor | None], need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     # An op cannot return None: what is not wanted, or does not exist, has no elements.
     wanted = (need_hidden, need_weight, need_weight)
-    kept = [g if g is not None and w else hidden.new_empty(0) for g, w in zip([*grads, None], wanted, strict=False)]
+    kept = [g if g is not None and w else like.new_empty(0) for g, w in zip([*grads, None], wanted, strict=False)]
     return kept[0], kept[1], kept[2]
 
 
@@ -136,13 +140,7 @@ def _cpu_blocks(
         lse_kept = torch.zeros(rows, dtype=compute).index_copy_(0, kept, lse_kept)
         if grad_x is not None:
             grad_x = torch.zeros(rows, hidden.shape[1], dtype=compute).index_copy_(0, kept, grad_x)
-    return (
-        losses,
-        lse_kept,
-        None if grad_x is None else grad_x.to(hidden.dtype),
-        None if grad_w is None else grad_w.to(weight.dtype),
-        None if grad_b is None or bias is None else grad_b.sum(0).to(bias.dtype),
-    )
+    return losses, lse_kept, grad_x, grad_w, None if grad_b is None else grad_b.sum(0)
 
 
 def _cpu_forward(
@@ -164,7 +162,7 @@ def _cpu_with_gradients(
         hidden, weight, bias, target, ignore_index,
         gradient=True, need_hidden=need_hidden, need_weight=need_weight,
     )  # fmt: skip
-    return losses, lse, *_select(hidden, grads, need_hidden, need_weight)
+    return losses, lse, *_select(lse, grads, need_hidden, need_weight)
 
 
 def _cpu_backward(
@@ -179,16 +177,18 @@ def _cpu_backward(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if sum_gradients:
-        weights = grad_losses[target != ignore_index]
-        if weights.numel() == 0 or bool((weights == weights[0]).all()):
-            scale = weights[0] if weights.numel() else grad_losses.new_ones(())
-            return _select(hidden, [(g * scale).to(g.dtype) for g in sum_gradients], need_hidden, need_weight)
-    *_, grad_hidden, grad_weight, grad_bias = _cpu_blocks(
-        hidden, weight, bias, target, ignore_index,
-        gradient=True, grad_losses=grad_losses, lse=lse, need_hidden=need_hidden, need_weight=need_weight,
-    )  # fmt: skip
-    return _select(hidden, [grad_hidden, grad_weight, grad_bias], need_hidden, need_weight)
+    weights = grad_losses[target != ignore_index]
+    grads: list[Tensor | None]
+    if sum_gradients and bool((weights == weights[:1]).all()):
+        grads = [g * weights[0] if weights.numel() else g for g in sum_gradients]
+    else:
+        *_, grad_hidden, grad_weight, grad_bias = _cpu_blocks(
+            hidden, weight, bias, target, ignore_index,
+            gradient=True, grad_losses=grad_losses, lse=lse, need_hidden=need_hidden, need_weight=need_weight,
+        )  # fmt: skip
+        grads = [grad_hidden, grad_weight, grad_bias]
+    grads = [None if g is None else g.to(hidden.dtype) for g in grads]
+    return _select(hidden, grads, need_hidden, need_weight)
 
 
 # -------------------------------------------------------------------------------------------- Triton on CUDA
@@ -235,21 +235,22 @@ def _fake_forward(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, need_hidden: bool, need_weight: bool
+    like: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = [None if like is None else like.new_empty(like.shape) for like in (hidden, weight, bias)]
-    return _select(hidden, grads, need_hidden, need_weight)
+    grads = [None if x is None else x.new_empty(x.shape, dtype=like.dtype) for x in (hidden, weight, bias)]
+    return _select(like, grads, need_hidden, need_weight)
 
 
 def _fake_with_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int,
                          need_hidden: bool, need_weight: bool) -> tuple[Tensor, ...]:  # fmt: skip
-    return *_fake_forward(hidden), *_fake_gradients(hidden, weight, bias, need_hidden, need_weight)
+    losses, lse = _fake_forward(hidden)
+    return losses, lse, *_fake_gradients(lse, hidden, weight, bias, need_hidden, need_weight)
 
 
 def _fake_backward(grad_losses: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
                    lse: Tensor, ignore_index: int, sum_gradients: list[Tensor], need_hidden: bool,
                    need_weight: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _fake_gradients(hidden, weight, bias, need_hidden, need_weight)
+    return _fake_gradients(hidden, hidden, weight, bias, need_hidden, need_weight)
 
 
 _forward = register(

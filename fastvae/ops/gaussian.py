@@ -28,13 +28,13 @@ def reference_sample_kl(
     prior_mean: Tensor | None,
     prior_log_var: Tensor | None,
     seed: Tensor,
-    num_samples: int,
+    num_samples: int | None,
     sum_latent: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Eager definition. mean, log_var (..., D); prior (D,) or (..., D); returns z (S, ..., D) and kl."""
+    """Eager definition. mean, log_var (..., D), prior (D,) or (..., D); z (..., D) or, with num_samples, (S, ..., D)."""
     compute = _compute_dtype(mean)
     mean_, log_var_ = mean.to(compute), log_var.to(compute).clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT)
-    shape = (num_samples, *mean.shape)
+    shape = _z_shape(mean, num_samples)
     offsets = torch.arange(math.prod(shape), device=mean.device).reshape(shape)
     z = mean_ + torch.exp(0.5 * log_var_) * normal(seed, offsets).to(compute)
     if prior_mean is None or prior_log_var is None:
@@ -54,20 +54,28 @@ def reference_sample_kl_backward(
     prior_mean: Tensor | None,
     prior_log_var: Tensor | None,
     seed: Tensor,
-    num_samples: int,
+    num_samples: int | None,
     sum_latent: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `reference_sample_kl` by autograd; those of an absent prior have no elements."""
-    inputs = [t.detach().requires_grad_() for t in (mean, log_var, prior_mean, prior_log_var) if t is not None]
     with torch.enable_grad():
-        prior = inputs[2:] or [None, None]
-        outputs = reference_sample_kl(inputs[0], inputs[1], *prior, seed, num_samples, sum_latent)
+        m, lv, pm, plv = (
+            None if t is None else t.detach().requires_grad_() for t in (mean, log_var, prior_mean, prior_log_var)
+        )
+        assert m is not None
+        assert lv is not None
+        outputs = reference_sample_kl(m, lv, pm, plv, seed, num_samples, sum_latent)
+    inputs = [t for t in (m, lv, pm, plv) if t is not None]
     pairs = [(o, g) for o, g in zip(outputs, (grad_z, grad_kl), strict=True) if g is not None]
     grads = torch.autograd.grad(
         [o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True, materialize_grads=True
     )
-    empty = [mean.new_empty(0, dtype=_compute_dtype(mean))] * 2 if prior_mean is None else []
-    return tuple([*grads, *empty])  # type: ignore[return-value]
+    prior = _no_prior(mean) if prior_mean is None else (grads[2], grads[3])
+    return grads[0], grads[1], *prior
+
+
+def _z_shape(mean: Tensor, num_samples: int | None) -> tuple[int, ...]:
+    return tuple(mean.shape) if num_samples is None else (num_samples, *mean.shape)
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -81,18 +89,22 @@ def _cpu_sample_kl(
     prior_mean: Tensor | None,
     prior_log_var: Tensor | None,
     seed: Tensor,
-    num_samples: int,
+    num_samples: int | None,
     sum_latent: bool,
 ) -> tuple[Tensor, Tensor]:
     assert CORE is not None
     mean, log_var = mean.contiguous(), log_var.contiguous()
+    samples = 1 if num_samples is None else num_samples
     rows, latent = _rows(mean)
-    z = torch.empty((num_samples, *mean.shape), dtype=mean.dtype)
-    kl = torch.empty(mean.shape[:-1] if sum_latent else mean.shape, dtype=_compute_dtype(mean))
-    prior_mean, prior_log_var, prior_rows = _contiguous_prior(prior_mean, prior_log_var, rows, latent)
+    z = mean.new_empty(_z_shape(mean, num_samples))
+    kl = mean.new_empty(mean.shape[:-1] if sum_latent else mean.shape, dtype=_compute_dtype(mean))
+    prior_rows = 0
+    if prior_mean is not None and prior_log_var is not None:
+        prior_mean, prior_log_var = prior_mean.contiguous(), prior_log_var.contiguous()
+        prior_rows = _prior_rows(prior_mean, rows)
     CORE.gaussian_forward(
         dtype_code(mean), pointer(mean), pointer(log_var), pointer(prior_mean), pointer(prior_log_var),
-        prior_rows, pointer(seed), pointer(z), pointer(kl), num_samples, rows, latent, sum_latent,
+        prior_rows, pointer(seed), pointer(z), pointer(kl), samples, rows, latent, sum_latent,
     )  # fmt: skip
     return z, kl
 
@@ -105,38 +117,44 @@ def _cpu_sample_kl_backward(
     prior_mean: Tensor | None,
     prior_log_var: Tensor | None,
     seed: Tensor,
-    num_samples: int,
+    num_samples: int | None,
     sum_latent: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert CORE is not None
     mean, log_var = mean.contiguous(), log_var.contiguous()
     grad_z = None if grad_z is None else grad_z.contiguous()
     grad_kl = None if grad_kl is None else grad_kl.contiguous()
+    samples = 1 if num_samples is None else num_samples
     rows, latent = _rows(mean)
     grad_mean, grad_log_var = torch.empty_like(mean), torch.empty_like(log_var)
-    prior_shape = (0,) if prior_mean is None else prior_mean.shape
-    prior_mean, prior_log_var, prior_rows = _contiguous_prior(prior_mean, prior_log_var, rows, latent)
-    # A prior shared by all rows gets one partial sum per thread, added up in a fixed order below.
-    partials = torch.get_num_threads() if prior_rows == 1 else prior_rows
-    grad_prior = mean.new_zeros((2, partials, latent), dtype=_compute_dtype(mean))
+    prior_rows, grad_prior, partials = 0, None, 0
+    if prior_mean is not None and prior_log_var is not None:
+        prior_mean, prior_log_var = prior_mean.contiguous(), prior_log_var.contiguous()
+        prior_rows = _prior_rows(prior_mean, rows)
+        # A prior shared by all rows gets one partial sum per thread, added up in a fixed order below.
+        partials = torch.get_num_threads() if prior_rows == 1 else rows
+        grad_prior = prior_mean.new_zeros((2, partials, latent))
     CORE.gaussian_backward(
         dtype_code(mean), pointer(grad_z), pointer(grad_kl), pointer(mean), pointer(log_var),
         pointer(prior_mean), pointer(prior_log_var), prior_rows, pointer(seed), pointer(grad_mean),
-        pointer(grad_log_var), pointer(grad_prior), partials, num_samples, rows, latent, sum_latent,
+        pointer(grad_log_var), pointer(grad_prior), partials, samples, rows, latent, sum_latent,
     )  # fmt: skip
+    if grad_prior is None or prior_mean is None:
+        return grad_mean, grad_log_var, *_no_prior(mean)
     if prior_rows == 1:
         grad_prior = grad_prior.sum(1)
-    grad_prior_mean, grad_prior_log_var = (g.clone().reshape(prior_shape) for g in grad_prior.unbind(0))
-    return grad_mean, grad_log_var, grad_prior_mean, grad_prior_log_var
+    shape = prior_mean.shape
+    return grad_mean, grad_log_var, grad_prior[0].reshape(shape).clone(), grad_prior[1].reshape(shape).clone()
 
 
-def _contiguous_prior(
-    prior_mean: Tensor | None, prior_log_var: Tensor | None, rows: int, latent: int
-) -> tuple[Tensor | None, Tensor | None, int]:
-    # prior_rows: 0 for the standard normal, 1 for one row shared by all, else one row per datum.
-    if prior_mean is None or prior_log_var is None:
-        return None, None, 0
-    return prior_mean.contiguous(), prior_log_var.contiguous(), 1 if prior_mean.dim() == 1 else rows
+def _prior_rows(prior_mean: Tensor, rows: int) -> int:
+    return 1 if prior_mean.dim() == 1 else rows
+
+
+def _no_prior(mean: Tensor) -> tuple[Tensor, Tensor]:
+    # An op cannot return None: the gradients of an absent prior have no elements.
+    dtype = _compute_dtype(mean)
+    return mean.new_empty(0, dtype=dtype), mean.new_empty(0, dtype=dtype)
 
 
 def _rows(tensor: Tensor) -> tuple[int, int]:
@@ -154,17 +172,17 @@ def _cuda_sample_kl(
     prior_mean: Tensor | None,
     prior_log_var: Tensor | None,
     seed: Tensor,
-    num_samples: int,
+    num_samples: int | None,
     sum_latent: bool,
 ) -> tuple[Tensor, Tensor]:
     if mean.dtype == torch.float64:
         return reference_sample_kl(mean, log_var, prior_mean, prior_log_var, seed, num_samples, sum_latent)
-    matrix = _rows(mean)
+    matrix, samples = _rows(mean), 1 if num_samples is None else num_samples
     prior = [None if p is None else p.reshape(-1, matrix[1]) for p in (prior_mean, prior_log_var)]
     z, kl = _triton_forward(
-        mean.reshape(matrix).contiguous(), log_var.reshape(matrix).contiguous(), *prior, seed, num_samples, sum_latent
+        mean.reshape(matrix).contiguous(), log_var.reshape(matrix).contiguous(), *prior, seed, samples, sum_latent
     )
-    return z.reshape(num_samples, *mean.shape), kl.reshape(mean.shape[:-1] if sum_latent else mean.shape)
+    return z.reshape(_z_shape(mean, num_samples)), kl.reshape(mean.shape[:-1] if sum_latent else mean.shape)
 
 
 def _cuda_sample_kl_backward(
@@ -175,7 +193,7 @@ def _cuda_sample_kl_backward(
     prior_mean: Tensor | None,
     prior_log_var: Tensor | None,
     seed: Tensor,
-    num_samples: int,
+    num_samples: int | None,
     sum_latent: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if mean.dtype == torch.float64:
@@ -183,13 +201,14 @@ def _cuda_sample_kl_backward(
             grad_z, grad_kl, mean, log_var, prior_mean, prior_log_var, seed, num_samples, sum_latent
         )
     rows, latent = _rows(mean)
+    samples = 1 if num_samples is None else num_samples
     if grad_z is None:
-        grad_z = mean.new_zeros((num_samples, rows, latent))
+        grad_z = mean.new_zeros((samples, rows, latent))
     if grad_kl is None:
         grad_kl = mean.new_zeros((rows,) if sum_latent else (rows, latent), dtype=torch.float32)
     prior = [None if p is None else p.reshape(-1, latent) for p in (prior_mean, prior_log_var)]
     grads = _triton_backward(
-        grad_z.reshape(num_samples, rows, latent).contiguous(),
+        grad_z.reshape(samples, rows, latent).contiguous(),
         grad_kl.reshape((rows,) if sum_latent else (rows, latent)).contiguous(),
         mean.reshape(rows, latent).contiguous(),
         log_var.reshape(rows, latent).contiguous(),
@@ -197,31 +216,31 @@ def _cuda_sample_kl_backward(
         seed,
         sum_latent,
     )
-    likes = (mean, log_var, prior_mean, prior_log_var)
-    return tuple(  # type: ignore[return-value]
-        mean.new_empty(0, dtype=torch.float32) if like is None else grad.reshape(like.shape)
-        for grad, like in zip(grads, likes, strict=True)
-    )
+    grad_mean, grad_log_var = grads[0].reshape(mean.shape), grads[1].reshape(mean.shape)
+    if prior_mean is None:
+        return grad_mean, grad_log_var, *_no_prior(mean)
+    return grad_mean, grad_log_var, grads[2].reshape(prior_mean.shape), grads[3].reshape(prior_mean.shape)
 
 
 # ------------------------------------------------------------------------------------------ schema, autograd
 def _fake_sample_kl(mean: Tensor, log_var: Tensor, prior_mean: Any, prior_log_var: Any, seed: Tensor,
-                    num_samples: int, sum_latent: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+                    num_samples: int | None, sum_latent: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     kl_shape = mean.shape[:-1] if sum_latent else mean.shape
-    return mean.new_empty((num_samples, *mean.shape)), mean.new_empty(kl_shape, dtype=_compute_dtype(mean))
+    return mean.new_empty(_z_shape(mean, num_samples)), mean.new_empty(kl_shape, dtype=_compute_dtype(mean))
 
 
 def _fake_sample_kl_backward(grad_z: Any, grad_kl: Any, mean: Tensor, log_var: Tensor, prior_mean: Tensor | None,
-                             prior_log_var: Tensor | None, seed: Tensor, num_samples: int,
+                             prior_log_var: Tensor | None, seed: Tensor, num_samples: int | None,
                              sum_latent: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    prior_shape = (0,) if prior_mean is None else prior_mean.shape
-    grad_prior = [mean.new_empty(prior_shape, dtype=_compute_dtype(mean)) for _ in range(2)]
-    return mean.new_empty(mean.shape), mean.new_empty(mean.shape), grad_prior[0], grad_prior[1]
+    grads = mean.new_empty(mean.shape), mean.new_empty(mean.shape)
+    if prior_mean is None:
+        return *grads, *_no_prior(mean)
+    return *grads, prior_mean.new_empty(prior_mean.shape), prior_mean.new_empty(prior_mean.shape)
 
 
 _sample_kl = register(
     "gaussian_sample_kl(Tensor mean, Tensor log_var, Tensor? prior_mean, Tensor? prior_log_var, Tensor seed, "
-    "SymInt num_samples, bool sum_latent) -> (Tensor, Tensor)",
+    "SymInt? num_samples, bool sum_latent) -> (Tensor, Tensor)",
     reference=reference_sample_kl,
     fake=_fake_sample_kl,
     cpu=_cpu_sample_kl,
@@ -229,7 +248,7 @@ _sample_kl = register(
 )
 _sample_kl_backward = register(
     "gaussian_sample_kl_backward(Tensor? grad_z, Tensor? grad_kl, Tensor mean, Tensor log_var, "
-    "Tensor? prior_mean, Tensor? prior_log_var, Tensor seed, SymInt num_samples, bool sum_latent) "
+    "Tensor? prior_mean, Tensor? prior_log_var, Tensor seed, SymInt? num_samples, bool sum_latent) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference_sample_kl_backward,
     fake=_fake_sample_kl_backward,
@@ -241,7 +260,7 @@ _sample_kl_backward = register(
 class _SampleKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean: Tensor, log_var: Tensor, prior_mean: Tensor | None, prior_log_var: Tensor | None,
-                seed: Tensor, num_samples: int, sum_latent: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+                seed: Tensor, num_samples: int | None, sum_latent: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mean, log_var, prior_mean, prior_log_var, seed)
         ctx.num_samples, ctx.sum_latent = num_samples, sum_latent
@@ -296,9 +315,7 @@ def gaussian_sample_kl(
         raise ValueError("seed: expected None when a generator is given, got both")
     else:
         check_seed(seed, "mean", mean)
-    sum_latent = reduction == "sum"
-    z, kl = _SampleKL.apply(mean, log_var, prior_mean, prior_log_var, seed, num_samples or 1, sum_latent)
-    return (z.squeeze(0) if num_samples is None else z), kl
+    return _SampleKL.apply(mean, log_var, prior_mean, prior_log_var, seed, num_samples, reduction == "sum")
 
 
 def gaussian_kl(

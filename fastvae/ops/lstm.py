@@ -23,11 +23,13 @@ from fastvae.ops.random import draw_seed, uniform
 
 # ------------------------------------------------------------------------------------------------ reference
 def dropped_tokens(tokens: Tensor, lengths: Tensor, seed: Tensor, word_dropout: float, unk_index: int) -> Tensor:
-    """Return `tokens` (B, T) with word dropout applied: what the recurrence reads."""
+    """Return `tokens` (B, T) with word dropout applied and 0 in the padding: what the recurrence reads."""
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     offsets = torch.arange(tokens.numel(), device=tokens.device).reshape(tokens.shape)
-    dropped = (uniform(seed, offsets) < word_dropout) & (positions > 0) & (positions < lengths[:, None])
-    return torch.where(dropped, unk_index, tokens)
+    valid = positions < lengths[:, None]
+    dropped = (uniform(seed, offsets) < word_dropout) & (positions > 0) & valid
+    # The padding may hold anything, also what is no word.
+    return torch.where(dropped, unk_index, tokens).where(valid, 0)
 
 
 def reference(
@@ -80,9 +82,12 @@ def reference_backward(
     unk_index: int,
 ) -> tuple[Tensor, ...]:
     """Gradients of `reference` by autograd, for static_gates, h0, c0, embedding, weight_input and weight_hh."""
-    inputs = [t.detach().requires_grad_() for t in (static_gates, h0, c0, embedding, weight_input, weight_hh)]
     with torch.enable_grad():
-        outputs = reference(tokens, lengths, *inputs, seed, word_dropout, unk_index)
+        inputs = [t.detach().requires_grad_() for t in (static_gates, h0, c0, embedding, weight_input, weight_hh)]
+        gates_, h0_, c0_, embedding_, input_, hh_ = inputs
+        outputs = reference(
+            tokens, lengths, gates_, h0_, c0_, embedding_, input_, hh_, seed, word_dropout, unk_index
+        )
     grads = (grad_hidden, grad_h_n, grad_c_n)
     # Without a single step the hidden states depend on nothing.
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
@@ -199,7 +204,7 @@ def _cpu_backward(
     if grad_hidden is None:
         grad_states = gates.new_zeros(total, size)
     else:
-        grad_states = grad_hidden.reshape(-1, size).index_select(0, rows).to(compute)
+        grad_states = grad_hidden.flatten(0, 1).index_select(0, rows).to(compute)
     grad_last = [
         torch.zeros_like(h0, dtype=compute) if g is None else g.to(compute).contiguous() for g in (grad_h_n, grad_c_n)
     ]
@@ -216,7 +221,7 @@ def _cpu_backward(
     # The rest are plain products over the packed rows. The state before row (b, t) is hidden[b, t - 1].
     before = gates.new_empty(total, size)
     before[:first] = h0.index_select(0, packing.order[:first]).to(compute)
-    before[first:] = hidden.reshape(-1, size).index_select(0, rows[first:] - 1).to(compute)
+    before[first:] = hidden.flatten(0, 1).index_select(0, rows[first:] - 1).to(compute)
     inputs = embedding.index_select(0, packing.words).to(compute)
     grad_inputs = grad_gates @ weight_input.to(compute)
     grad_embedding = torch.ops.aten.embedding_dense_backward(
@@ -431,6 +436,8 @@ def lstm_decode(
     else:
         seed = torch.zeros(1, dtype=torch.int64, device=tokens.device)
 
+    if c0 is h0:  # Dynamo refuses one tensor given twice to an autograd function
+        c0 = h0.view_as(h0)
     # A latent's contribution does not change from step to step: one product per sequence.
     static_gates = embedding.new_zeros((batch, 4 * hidden_size)) if bias is None else bias.expand(batch, -1)
     if z is not None:

@@ -1,0 +1,321 @@
+"""Variational auto-encoder for sentences: LSTM encoder, Gaussian posterior, LSTM decoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastvae.nn import GaussianHead, LSTMDecoder, LSTMEncoder
+from fastvae.nn.lstm import checked_lengths
+from fastvae.ops.gaussian import LOG_VAR_LIMIT
+
+_DECODER_STREAM = 0x5851F42D4C957F2D  # any large number: word dropout's seed is this far from the noise's
+
+
+class SentenceVAEOutput(NamedTuple):
+    """Losses of a batch, in nats.
+
+    Attributes:
+        loss: scalar to minimise, nats per sentence, batch mean: nll + kl_weight * kl, with free bits if any.
+        nll: -log p(x|z) of each sentence, `(batch,)`.
+        kl: KL(q(z|x) || N(0, I)) of each sentence, neither weighted nor bounded, `(batch,)`.
+        tokens: predicted tokens of each sentence, `</s>` counted and `<s>` not, int64 `(batch,)`.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor
+    tokens: Tensor
+
+    @property
+    def neg_elbo(self) -> Tensor:
+        """The negative evidence lower bound nll + kl, unweighted, nats per sentence, `(batch,)`."""
+        return self.nll + self.kl
+
+
+class SentenceVAE(nn.Module):
+    """Sentence VAE: q(z|x) from an LSTM's last state, p(x|z) from an LSTM that sees z at every step.
+
+    `config` holds the constructor's arguments: `SentenceVAE(**model.config)` builds the same model.
+
+    Args:
+        vocab_size: number of tokens V.
+        embed_dim: size of the token embeddings.
+        hidden_size: size of the encoder's and the decoder's state.
+        latent_dim: size of z, at least 1.
+        word_dropout: share of the decoder's input words replaced by `<unk>` in training.
+        dropout: share of the encoder's final state and of the decoder's states dropped in training.
+        tie_weights: the decoder's output layer uses its embedding; needs `embed_dim == hidden_size`.
+        share_embedding: encoder and decoder use the same embedding.
+        pad_index, bos_index, eos_index, unk_index: special tokens, by default as `fastvae.data.Vocabulary`.
+
+    Source: Bowman et al., Generating Sentences from a Continuous Space (2016).
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        embed_dim: int = 256,
+        hidden_size: int = 256,
+        latent_dim: int = 32,
+        word_dropout: float = 0.0,
+        dropout: float = 0.0,
+        tie_weights: bool = False,
+        share_embedding: bool = False,
+        pad_index: int = 0,
+        bos_index: int = 2,
+        eos_index: int = 3,
+        unk_index: int = 1,
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "embed_dim": embed_dim,
+            "hidden_size": hidden_size,
+            "latent_dim": latent_dim,
+            "word_dropout": word_dropout,
+            "dropout": dropout,
+            "tie_weights": tie_weights,
+            "share_embedding": share_embedding,
+            "pad_index": pad_index,
+            "bos_index": bos_index,
+            "eos_index": eos_index,
+            "unk_index": unk_index,
+        }
+        self.latent_dim = latent_dim
+        self.head = GaussianHead(hidden_size, latent_dim)
+        self.decoder = LSTMDecoder(
+            vocab_size,
+            embed_dim,
+            hidden_size,
+            latent_dim,
+            word_dropout=word_dropout,
+            dropout=dropout,
+            tie_weights=tie_weights,
+            pad_index=pad_index,
+            bos_index=bos_index,
+            eos_index=eos_index,
+            unk_index=unk_index,
+        )
+        self.encoder = LSTMEncoder(
+            vocab_size,
+            embed_dim,
+            hidden_size,
+            dropout=dropout,
+            pad_index=pad_index,
+            embedding=self.decoder.embedding if share_embedding else None,
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        kl_weight: float | Tensor = 1.0,
+        free_bits: float = 0.0,
+        generator: torch.Generator | None = None,
+        seed: Tensor | None = None,
+    ) -> SentenceVAEOutput:
+        """One-sample estimate of the negative ELBO of each sentence.
+
+        With `free_bits` lambda, the loss takes the sum over latent dimensions d of max(lambda, mean over
+        the batch of KL_d) in place of the mean KL (Kingma et al. 2016, equation 15): below lambda nats a
+        dimension gets no gradient from the KL. Under DDP the mean is each process's own.
+
+        Args:
+            tokens: `(batch, time)` int64, each row `<s> ... </s>`, padded on the right.
+            lengths: `(batch,)` int64, `<s>` and `</s>` counted; None counts the tokens that are not padding.
+            kl_weight: weight of the KL in `loss`. In a compiled graph, give a 0-dim tensor to
+                change it from step to step without compiling again.
+            free_bits: lambda, nats per latent dimension.
+            generator: source of the noise and of word dropout; the global generator when None.
+            seed: int64 tensor of shape (1,) that fixes both, in place of `generator`; the form to use in
+                a compiled graph. `dropout` follows torch's global generator in any case.
+
+        Returns:
+            loss, nll, kl and the number of predicted tokens; `.neg_elbo` is unweighted.
+
+        Raises:
+            TypeError, ValueError, IndexError: as `LSTMDecoder.forward`; ValueError for negative `free_bits`.
+        """
+        if free_bits < 0:
+            raise ValueError(f"free_bits: expected at least 0 nats per dimension, got {free_bits}")
+        lengths = checked_lengths(tokens, lengths, self.decoder.pad_index, shortest=2)
+        z, kl_per_dimension, _, _ = self.head(
+            self.encoder(tokens, lengths), reduction="none", generator=generator, seed=seed
+        )
+        # One seed for both would make z and word dropout from the same random numbers.
+        decoder_seed = None if seed is None else seed + _DECODER_STREAM
+        nll = self.decoder(tokens, z, lengths, generator=generator, seed=decoder_seed)
+        kl = kl_per_dimension.sum(-1)
+        charged = kl_per_dimension.mean(0).clamp_min(free_bits).sum() if free_bits > 0 else kl.mean()
+        return SentenceVAEOutput(nll.mean() + kl_weight * charged, nll, kl, lengths - 1)
+
+    def encode(self, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Posterior q(z|x) of each sentence.
+
+        Args:
+            tokens: `(batch, time)` int64, as in `forward`.
+            lengths: `(batch,)` int64, as in `forward`.
+
+        Returns:
+            mean and log_var, each `(batch, latent_dim)`.
+        """
+        lengths = checked_lengths(tokens, lengths, self.decoder.pad_index, shortest=2)
+        return self.head.parameters_of(self.encoder(tokens, lengths))
+
+    def decode(
+        self,
+        z: Tensor,
+        *,
+        max_length: int = 100,
+        strategy: Literal["greedy", "sample", "beam"] = "greedy",
+        **options: Any,
+    ) -> tuple[Tensor, ...]:
+        """Write one sentence for each latent vector.
+
+        Args:
+            z: `(batch, latent_dim)`.
+            max_length: most tokens to write, `</s>` counted.
+            strategy: "greedy", "sample" or "beam".
+            options: further arguments of `LSTMDecoder.generate`, such as `temperature` or `beam_size`.
+
+        Returns:
+            tokens `(batch, length)` without `<s>`, and lengths `(batch,)`, as `LSTMDecoder.generate`.
+        """
+        return self.decoder.generate(z, max_length, strategy, **options)
+
+    def reconstruct(
+        self, tokens: Tensor, lengths: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, ...]:
+        """Write each sentence again from its posterior mean, without dropout, greedily unless told.
+
+        Args:
+            tokens: `(batch, time)` int64, as in `forward`.
+            lengths: `(batch,)` int64, as in `forward`.
+            options: arguments of `decode`.
+
+        Returns:
+            As `decode`.
+        """
+        return self.decode(self._posterior_mean(tokens, lengths), **options)
+
+    def sample(
+        self,
+        n: int,
+        *,
+        strategy: Literal["greedy", "sample", "beam"] = "sample",
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, ...]:
+        """Write n new sentences from z ~ N(0, I).
+
+        Args:
+            n: number of sentences, at least 1.
+            strategy: as in `decode`; by default the words are drawn too.
+            generator: source of z and of the words; the global generator when None.
+            options: further arguments of `decode`.
+
+        Returns:
+            As `decode`.
+        """
+        if n < 1:
+            raise ValueError(f"n: expected at least 1 sentence, got {n}")
+        weight = self.head.linear.weight
+        z = torch.randn(n, self.latent_dim, generator=generator, device=weight.device, dtype=weight.dtype)
+        return self.decode(z, strategy=strategy, generator=generator, **options)
+
+    def interpolate(self, a: Tensor, b: Tensor, steps: int, **options: Any) -> tuple[Tensor, ...]:
+        """Write sentences along the straight line between two posterior means.
+
+        Args:
+            a: the first sentence, `(time,)` or `(1, time)` int64, `<s> ... </s>`.
+            b: the last sentence, likewise.
+            steps: number of sentences, both ends included, at least 2.
+            options: arguments of `decode`; greedy unless told.
+
+        Returns:
+            As `decode`, with a batch of `steps`.
+        """
+        if steps < 2:
+            raise ValueError(f"steps: expected at least 2 (both ends), got {steps}")
+        ends = []
+        for name, sentence in (("a", a), ("b", b)):
+            if sentence.dim() not in (1, 2) or (sentence.dim() == 2 and sentence.size(0) != 1):
+                raise ValueError(f"{name}: expected one sentence, (time,), got shape {tuple(sentence.shape)}")
+            ends.append(self._posterior_mean(sentence.reshape(1, -1), None))
+        fraction = torch.linspace(0, 1, steps, device=ends[0].device, dtype=ends[0].dtype).unsqueeze(1)
+        return self.decode(torch.lerp(ends[0], ends[1], fraction), **options)
+
+    @torch.no_grad()
+    def importance_weighted_nll(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        num_samples: int = 500,
+        chunk: int = 50,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Importance-weighted estimate of -log p(x), a bound that tightens as samples are added.
+
+        -log 1/S sum over s of p(x|z_s) p(z_s) / q(z_s|x), z_s ~ q(z|x), without dropout or gradient.
+        With one sample it estimates the negative ELBO.
+
+        Args:
+            tokens: `(batch, time)` int64, as in `forward`.
+            lengths: `(batch,)` int64, as in `forward`.
+            num_samples: S, samples of z for each sentence.
+            chunk: samples decoded at a time: memory grows with batch * chunk.
+            generator: source of the samples; the global generator when None.
+
+        Returns:
+            Nats per sentence, float64, `(batch,)`.
+
+        Raises:
+            ValueError: if `num_samples` or `chunk` is below 1, and as `forward`.
+
+        Source: Burda et al., Importance Weighted Autoencoders (2016), equation 8.
+        """
+        for name, value in (("num_samples", num_samples), ("chunk", chunk)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        lengths = checked_lengths(tokens, lengths, self.decoder.pad_index, shortest=2)
+        batch, log_weights = tokens.size(0), []
+        with _evaluating(self):
+            hidden = self.encoder(tokens, lengths)
+            for first in range(0, num_samples, chunk):
+                samples = min(chunk, num_samples - first)
+                z, _, mean, log_var = self.head(hidden, num_samples=samples, generator=generator)
+                nll = self.decoder(tokens.repeat(samples, 1), z.flatten(0, 1), lengths.repeat(samples))
+                ratio = _log_prior_over_posterior(z.double(), mean.double(), log_var.double())
+                log_weights.append(ratio - nll.reshape(samples, batch))
+        return math.log(num_samples) - torch.cat(log_weights).logsumexp(0)
+
+    @torch.no_grad()
+    def _posterior_mean(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+        with _evaluating(self):
+            return self.encode(tokens, lengths)[0]
+
+
+def _log_prior_over_posterior(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """log N(z; 0, I) - log N(z; mean, exp(log_var)), summed over the last dimension."""
+    log_var = log_var.clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT)
+    return 0.5 * (log_var + (z - mean).square() * torch.exp(-log_var) - z.square()).sum(-1)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,596 @@
+"""LSTM encoder and decoder for sentences, over the fused `lstm_decode` and `linear_cross_entropy`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvae.functional import linear_cross_entropy, lstm_decode
+from fastvae.nn.generation import generate
+
+_IGNORED = -100
+
+
+class LSTMEncoder(nn.Module):
+    """Reads a sentence and gives its last hidden state.
+
+    Args:
+        vocab_size: number of tokens V.
+        embed_dim: size E of the token embeddings.
+        hidden_size: size H of the state.
+        dropout: probability of dropping an entry of the final state in training mode; the mask follows
+            torch's global generator, as `nn.Dropout`.
+        pad_index: token that fills up short sentences, from which lengths are counted when not given.
+        embedding: an `nn.Embedding(V, E)` to share with another layer; a new one when None.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embed_dim: int,
+        hidden_size: int,
+        *,
+        dropout: float = 0.0,
+        pad_index: int | None = None,
+        embedding: nn.Embedding | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_probability("dropout", dropout)
+        _check_indices(vocab_size, pad_index=pad_index)
+        if embedding is not None and tuple(embedding.weight.shape) != (vocab_size, embed_dim):
+            raise ValueError(
+                f"embedding: expected shape (vocab_size, embed_dim) = {(vocab_size, embed_dim)}, "
+                f"got {tuple(embedding.weight.shape)}"
+            )
+        self.vocab_size = vocab_size
+        self.embed_dim = embed_dim
+        self.hidden_size = hidden_size
+        self.dropout = dropout
+        self.pad_index = pad_index
+        shared = embedding is not None
+        self.embedding = embedding or nn.Embedding(vocab_size, embed_dim, device=device, dtype=dtype)
+        self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, embed_dim, device=device, dtype=dtype))
+        self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(4 * hidden_size, device=device, dtype=dtype))
+        if not shared:
+            _reset_embedding(self.embedding)
+        _reset_recurrence(self)
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Encode a batch of sentences.
+
+        Args:
+            tokens: `(batch, time)` int64, `<s>` and `</s>` included, padded on the right.
+            lengths: `(batch,)` int64, each in 1..time; None counts the tokens that are not padding.
+
+        Returns:
+            The state after each sentence's last token, `(batch, hidden_size)`.
+
+        Raises:
+            TypeError, ValueError: for a wrong shape or dtype; for lengths out of range, on CPU outside
+                compiled graphs only.
+            IndexError: for a token out of range (on CUDA the sentence's result is NaN instead).
+        """
+        lengths = checked_lengths(tokens, lengths, self.pad_index, shortest=1)
+        h0, c0 = _zero_states(self.weight_hh, tokens.size(0))
+        _, final, _ = lstm_decode(
+            tokens,
+            None,
+            h0,
+            c0,
+            self.embedding.weight,
+            self.weight_ih,
+            self.weight_hh,
+            self.bias,
+            lengths=lengths,
+        )
+        return F.dropout(final, self.dropout, self.training)
+
+    def extra_repr(self) -> str:
+        """List the settings for `print`."""
+        return f"{self.vocab_size}, {self.embed_dim}, {self.hidden_size}, dropout={self.dropout}"
+
+
+class DecoderModules(NamedTuple):
+    """The PyTorch modules equivalent to an `LSTMDecoder`; `initial_state` is None for a zero start."""
+
+    embedding: nn.Embedding
+    lstm: nn.LSTM
+    output: nn.Linear
+    initial_state: nn.Linear | None
+
+
+class LSTMDecoder(nn.Module):
+    """Language model over sentences given a latent vector: p(x|z).
+
+    The latent sets the initial state, (h0, c0) = W z + b, and enters every step beside the token's
+    embedding. `latent_dim=0` gives a plain language model: pass `z=None`, it starts from zeros.
+
+    Parameters: `embedding.weight` (V, E); `weight_ih` (4H, E + latent), gates in the order i, f, g, o of
+    `nn.LSTM`; `weight_hh` (4H, H); `bias` (4H); `output.weight` (V, H) and `output.bias` (V);
+    `initial_state.weight` (2H, latent) and `initial_state.bias` (2H).
+
+    Args:
+        vocab_size: number of tokens V.
+        embed_dim: size E of the token embeddings.
+        hidden_size: size H of the state.
+        latent_dim: size of z, 0 for none.
+        word_dropout: probability of replacing an input token by `unk_index`, in training mode only;
+            never the first token, never padding.
+        dropout: probability of dropping an entry of the hidden states before the vocabulary product, in
+            training mode only; the mask follows torch's global generator, as `nn.Dropout`. Embeddings
+            are not dropped: they are gathered inside the fused recurrence.
+        tie_weights: use the embedding as output weight; needs `embed_dim == hidden_size`.
+        pad_index: token that fills up short sentences; None when there is none.
+        bos_index: token that starts a sentence; needed by `generate`.
+        eos_index: token that ends a sentence; needed by `generate`.
+        unk_index: token that stands for unknown words; needed by `word_dropout`.
+
+    Source: Bowman et al., Generating Sentences from a Continuous Space (2016).
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embed_dim: int,
+        hidden_size: int,
+        latent_dim: int,
+        *,
+        word_dropout: float = 0.0,
+        dropout: float = 0.0,
+        tie_weights: bool = False,
+        pad_index: int | None = None,
+        bos_index: int | None = None,
+        eos_index: int | None = None,
+        unk_index: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_probability("word_dropout", word_dropout)
+        _check_probability("dropout", dropout)
+        _check_indices(
+            vocab_size, pad_index=pad_index, bos_index=bos_index, eos_index=eos_index, unk_index=unk_index
+        )
+        if latent_dim < 0:
+            raise ValueError(f"latent_dim: expected at least 0, got {latent_dim}")
+        if word_dropout > 0 and unk_index is None:
+            raise ValueError("unk_index: expected the index of <unk> when word_dropout > 0, got None")
+        if tie_weights and embed_dim != hidden_size:
+            raise ValueError(
+                f"tie_weights: expected embed_dim equal to hidden_size, got {embed_dim} and {hidden_size}"
+            )
+        self.vocab_size = vocab_size
+        self.embed_dim = embed_dim
+        self.hidden_size = hidden_size
+        self.latent_dim = latent_dim
+        self.word_dropout = word_dropout
+        self.dropout = dropout
+        self.tie_weights = tie_weights
+        self.pad_index = pad_index
+        self.bos_index = bos_index
+        self.eos_index = eos_index
+        self.unk_index = unk_index
+
+        gates = 4 * hidden_size
+        self.embedding = nn.Embedding(vocab_size, embed_dim, device=device, dtype=dtype)
+        self.weight_ih = nn.Parameter(torch.empty(gates, embed_dim + latent_dim, device=device, dtype=dtype))
+        self.weight_hh = nn.Parameter(torch.empty(gates, hidden_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(gates, device=device, dtype=dtype))
+        self.output = nn.Linear(hidden_size, vocab_size, device=device, dtype=dtype)
+        self.initial_state = (
+            nn.Linear(latent_dim, 2 * hidden_size, device=device, dtype=dtype) if latent_dim else None
+        )
+        self.reset_parameters()
+        if tie_weights:
+            self.output.weight = self.embedding.weight
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew: embeddings uniform in +-0.1, the rest as `nn.LSTM` and `nn.Linear`."""
+        self.output.reset_parameters()
+        if self.initial_state is not None:
+            self.initial_state.reset_parameters()
+        _reset_recurrence(self)
+        _reset_embedding(self.embedding)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        z: Tensor | None = None,
+        lengths: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        """Negative log-likelihood -log p(x|z) of each sentence.
+
+        Inputs are `tokens[:, :-1]`, targets `tokens[:, 1:]`; the logits are never whole in memory.
+
+        Args:
+            tokens: `(batch, time)` int64, each row `<s> ... </s>`, padded on the right.
+            z: `(batch, latent_dim)`; None for `latent_dim=0`.
+            lengths: `(batch,)` int64, each in 1..time, `<s>` and `</s>` counted; None counts the tokens
+                that are not padding.
+            generator: source of the word dropout; the global generator when None.
+            seed: int64 tensor of shape (1,) that fixes the word dropout, in place of `generator`; the
+                form to use in a compiled graph.
+
+        Returns:
+            nll in nats, summed over each sentence's targets, float32 (float64 for float64 parameters),
+            `(batch,)`.
+
+        Raises:
+            TypeError, ValueError: for a wrong shape or dtype; for lengths out of range, on CPU outside
+                compiled graphs only.
+            IndexError: for a token out of range (on CUDA the sentence's result is NaN instead).
+        """
+        hidden, lengths = self._hidden(tokens, z, lengths, generator, seed)
+        targets = tokens[:, 1:]
+        beyond = torch.arange(targets.size(1), device=tokens.device) >= (lengths - 1).unsqueeze(1)
+        losses = linear_cross_entropy(
+            hidden,
+            self.output.weight,
+            targets.masked_fill(beyond, _IGNORED),
+            self.output.bias,
+            ignore_index=_IGNORED,
+            reduction="none",
+        )
+        return losses.sum(1)
+
+    def logits(
+        self,
+        tokens: Tensor,
+        z: Tensor | None = None,
+        lengths: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        """Unnormalized log-probabilities of each next token, for uses that need them whole.
+
+        Args: as `forward`.
+
+        Returns:
+            `(batch, time - 1, V)`; position t scores `tokens[:, t + 1]`. Beyond a sentence's end the
+            hidden state is zero and the logits are the output bias.
+        """
+        hidden, _ = self._hidden(tokens, z, lengths, generator, seed)
+        logits: Tensor = self.output(hidden)
+        return logits
+
+    def generate(
+        self,
+        z: Tensor | None,
+        max_length: int,
+        strategy: Literal["greedy", "sample", "beam"] = "greedy",
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        beam_size: int = 5,
+        length_penalty: float = 0.0,
+        generator: torch.Generator | None = None,
+        return_log_probs: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Write one sentence for each latent vector.
+
+        No dropout is applied, in either mode, and no gradient recorded. `<pad>` and `<s>` are never
+        written. A sentence that has not ended after `max_length` tokens is cut there.
+
+        Args:
+            z: `(batch, latent_dim)`. For `latent_dim=0`: `(batch, 0)`, or None for one sentence.
+            max_length: most tokens to write, `</s>` counted, at least 1.
+            strategy: "greedy" takes the likeliest token at each step, "sample" draws it, "beam" keeps
+                the `beam_size` likeliest beginnings and gives the best sentence found.
+            temperature: "sample" divides the logits by it; above 0.
+            top_k: "sample" draws among the k likeliest tokens only; 0 for all.
+            top_p: "sample" draws among the fewest likeliest tokens that hold this much probability,
+                after temperature and `top_k`; in (0, 1].
+            beam_size: number of beginnings kept by "beam"; 1 gives the greedy sentence.
+            length_penalty: "beam" ranks by log p(x|z) / length ** length_penalty: 0 ranks by
+                likelihood, 1 by the mean per token.
+            generator: source of the draws of "sample"; the global generator when None.
+            return_log_probs: also return the tokens' log-probabilities.
+
+        Returns:
+            tokens `(batch, length)` int64, length at most `max_length`: no `<s>`, `</s>` kept, then
+            padding; lengths `(batch,)` int64 with `</s>` counted; and with `return_log_probs` each
+            token's log p under the model itself (temperature 1, whole vocabulary), in nats, zero
+            at padding, `(batch, length)`.
+
+        Raises:
+            ValueError: for an argument out of range, or a decoder without `bos_index` or `eos_index`.
+        """
+        generated = generate(
+            self,
+            z if z is not None or self.latent_dim else self.weight_hh.new_empty(1, 0),
+            max_length,
+            strategy=strategy,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            beam_size=beam_size,
+            length_penalty=length_penalty,
+            generator=generator,
+        )
+        return generated if return_log_probs else generated[:2]
+
+    @classmethod
+    def from_modules(
+        cls,
+        embedding: nn.Embedding,
+        lstm: nn.LSTM,
+        output: nn.Linear,
+        initial_state: nn.Linear | None = None,
+        *,
+        word_dropout: float = 0.0,
+        dropout: float = 0.0,
+        pad_index: int | None = None,
+        bos_index: int | None = None,
+        eos_index: int | None = None,
+        unk_index: int | None = None,
+    ) -> LSTMDecoder:
+        """Adopt a decoder made of PyTorch modules: the same numbers to rounding.
+
+        The weights are copied, the given modules stay as they are. Layers without a bias get none here
+        either, and an output layer that shares the embedding's weight stays tied.
+
+        Args:
+            embedding: `nn.Embedding(V, E)`; its `padding_idx` is the default of `pad_index`.
+            lstm: `nn.LSTM(E + latent, H)` with one layer, fed with [embedding; z] at every step.
+            output: `nn.Linear(H, V)`.
+            initial_state: `nn.Linear(latent, 2 * H)`, whose halves are (h0, c0); None starts from zeros.
+            word_dropout, dropout, pad_index, bos_index, eos_index, unk_index: as for `LSTMDecoder`.
+
+        Returns:
+            A decoder on the modules' device, in their dtype and training mode.
+
+        Raises:
+            TypeError: if an argument is not a module of the kind named above.
+            ValueError: for an LSTM with several layers, two directions or a projection, an embedding with
+                `max_norm` or `scale_grad_by_freq`, or sizes, dtypes or devices that do not fit together.
+        """
+        latent_dim = _check_modules(embedding, lstm, output, initial_state)
+        decoder = cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            lstm.hidden_size,
+            latent_dim,
+            word_dropout=word_dropout,
+            dropout=dropout,
+            tie_weights=output.weight is embedding.weight,
+            pad_index=embedding.padding_idx if pad_index is None else pad_index,
+            bos_index=bos_index,
+            eos_index=eos_index,
+            unk_index=unk_index,
+            device=embedding.weight.device,
+            dtype=embedding.weight.dtype,
+        )
+        if not lstm.bias:
+            decoder.register_parameter("bias", None)
+        if output.bias is None:
+            decoder.output.register_parameter("bias", None)
+        if initial_state is None:
+            decoder.initial_state = None
+        elif initial_state.bias is None and decoder.initial_state is not None:
+            decoder.initial_state.register_parameter("bias", None)
+        decoder.load_state_dict(_state_of(embedding, lstm, output, initial_state))
+        return decoder.train(lstm.training)
+
+    def to_modules(self) -> DecoderModules:
+        """Give the equivalent PyTorch modules, with copies of the weights.
+
+        The one bias of the recurrence becomes `bias_ih_l0`; `bias_hh_l0` is zero.
+
+        Returns:
+            embedding, lstm (`batch_first=True`), output, and initial_state or None.
+        """
+        inputs, has_bias = self.embed_dim + self.latent_dim, self.bias is not None
+        embedding = nn.Embedding(self.vocab_size, self.embed_dim).to(self.weight_hh)
+        lstm = nn.LSTM(inputs, self.hidden_size, batch_first=True, bias=has_bias).to(self.weight_hh)
+        output = nn.Linear(self.hidden_size, self.vocab_size, bias=self.output.bias is not None)
+        output = output.to(self.weight_hh)
+        embedding.load_state_dict(self.embedding.state_dict())
+        output.load_state_dict(self.output.state_dict())
+        if self.tie_weights:
+            output.weight = embedding.weight
+        weights: dict[str, Tensor] = {"weight_ih_l0": self.weight_ih, "weight_hh_l0": self.weight_hh}
+        if self.bias is not None:
+            weights |= {"bias_ih_l0": self.bias, "bias_hh_l0": torch.zeros_like(self.bias)}
+        lstm.load_state_dict(weights)
+        modules = DecoderModules(embedding, lstm, output, copy.deepcopy(self.initial_state))
+        for module in modules:
+            if module is not None:
+                module.train(self.training)
+        return modules
+
+    def initial_states(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Give (h0, c0), each `(batch, hidden_size)`, for latents `(batch, latent_dim)`."""
+        if self.initial_state is None:
+            return _zero_states(self.weight_hh, z.size(0))
+        h0, c0 = self.initial_state(z).chunk(2, -1)
+        return h0, c0
+
+    def _hidden(
+        self,
+        tokens: Tensor,
+        z: Tensor | None,
+        lengths: Tensor | None,
+        generator: torch.Generator | None,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        lengths = checked_lengths(tokens, lengths, self.pad_index, shortest=2)
+        batch = tokens.size(0)
+        if z is None and not self.latent_dim:
+            z = self.weight_hh.new_empty(batch, 0)
+        if z is None or tuple(z.shape) != (batch, self.latent_dim):
+            got = "None" if z is None else str(tuple(z.shape))
+            raise ValueError(f"z: expected shape (batch, latent_dim) = {(batch, self.latent_dim)}, got {got}")
+        h0, c0 = self.initial_states(z)
+        hidden, _, _ = lstm_decode(
+            tokens[:, :-1],
+            z if self.latent_dim else None,
+            h0,
+            c0,
+            self.embedding.weight,
+            self.weight_ih,
+            self.weight_hh,
+            self.bias,
+            lengths=lengths - 1,
+            word_dropout=self.word_dropout if self.training else 0.0,
+            unk_index=self.unk_index,
+            generator=generator,
+            seed=seed,
+        )
+        return F.dropout(hidden, self.dropout, self.training), lengths
+
+    def extra_repr(self) -> str:
+        """List the settings for `print`."""
+        return (
+            f"{self.vocab_size}, {self.embed_dim}, {self.hidden_size}, {self.latent_dim}, "
+            f"word_dropout={self.word_dropout}, dropout={self.dropout}, tie_weights={self.tie_weights}"
+        )
+
+
+def checked_lengths(
+    tokens: Tensor, lengths: Tensor | None, pad_index: int | None, *, shortest: int
+) -> Tensor:
+    """Check a batch of sentences and give its lengths, counted from the padding when None.
+
+    Args:
+        tokens: `(batch, time)` int64, padded on the right.
+        lengths: `(batch,)` int64, each in 1..time, or None.
+        pad_index: the padding; None takes every sentence as `time` long.
+        shortest: least width of `tokens`.
+
+    Returns:
+        lengths `(batch,)` int64 on the device of `tokens`.
+
+    Raises:
+        TypeError, ValueError: naming the argument; values are looked at on CPU, outside compiled graphs.
+    """
+    if tokens.dim() != 2 or tokens.size(0) < 1 or tokens.size(1) < shortest:
+        raise ValueError(
+            f"tokens: expected shape (batch, time) with at least one sentence and {shortest} tokens, "
+            f"got {tuple(tokens.shape)}"
+        )
+    batch, time = tokens.shape
+    # Reading values would hold up a GPU's queue and break a compiled graph.
+    readable = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if lengths is None:
+        if pad_index is None:
+            return torch.full((batch,), time, dtype=torch.int64, device=tokens.device)
+        words = tokens != pad_index
+        if readable and (words[:, 1:] & ~words[:, :-1]).any():
+            raise ValueError("tokens: expected padding only at the end of a sentence, got words behind it")
+        lengths = words.sum(1)
+    if lengths.dtype != torch.int64:
+        raise TypeError(f"lengths: expected int64, got {lengths.dtype}")
+    if tuple(lengths.shape) != (batch,):
+        raise ValueError(f"lengths: expected shape (batch,) = {(batch,)}, got {tuple(lengths.shape)}")
+    if readable:
+        low, high = (int(value) for value in lengths.aminmax())
+        if low < 1 or high > time:
+            raise ValueError(f"lengths: expected 1 to {time} (the width of tokens), got {low} to {high}")
+    return lengths.to(tokens.device)
+
+
+def _zero_states(weight_hh: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    # Two tensors: Dynamo refuses an autograd function that is given the same one twice.
+    h0, c0 = weight_hh.new_zeros(2, batch, weight_hh.size(1)).unbind()
+    return h0, c0
+
+
+def _reset_embedding(embedding: nn.Embedding) -> None:
+    nn.init.uniform_(embedding.weight, -0.1, 0.1)
+
+
+def _reset_recurrence(layer: LSTMEncoder | LSTMDecoder) -> None:
+    bound = layer.hidden_size**-0.5
+    for parameter in (layer.weight_ih, layer.weight_hh, layer.bias):
+        if parameter is not None:
+            nn.init.uniform_(parameter, -bound, bound)
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1], got {value}")
+
+
+def _check_indices(vocab_size: int, **indices: int | None) -> None:
+    for name, index in indices.items():
+        if index is not None and not 0 <= index < vocab_size:
+            raise ValueError(f"{name}: expected a token in [0, {vocab_size}), got {index}")
+
+
+def _check_modules(
+    embedding: nn.Embedding, lstm: nn.LSTM, output: nn.Linear, initial_state: nn.Linear | None
+) -> int:
+    kinds: dict[str, tuple[nn.Module | None, type[nn.Module]]] = {
+        "embedding": (embedding, nn.Embedding),
+        "lstm": (lstm, nn.LSTM),
+        "output": (output, nn.Linear),
+    }
+    if initial_state is not None:
+        kinds["initial_state"] = (initial_state, nn.Linear)
+    for name, (module, kind) in kinds.items():
+        if not isinstance(module, kind):
+            raise TypeError(f"{name}: expected nn.{kind.__name__}, got {type(module).__name__}")
+    wanted_settings: dict[str, tuple[nn.Module, dict[str, int | None]]] = {
+        "embedding": (embedding, {"max_norm": None, "scale_grad_by_freq": False}),
+        "lstm": (lstm, {"num_layers": 1, "bidirectional": False, "proj_size": 0}),
+    }
+    for name, (module, settings) in wanted_settings.items():
+        for setting, wanted in settings.items():
+            if getattr(module, setting) != wanted:
+                raise ValueError(f"{name}: expected {setting}={wanted}, got {getattr(module, setting)}")
+    vocab_size, embed_dim, hidden_size = embedding.num_embeddings, embedding.embedding_dim, lstm.hidden_size
+    latent_dim = lstm.input_size - embed_dim
+    if latent_dim < 0:
+        raise ValueError(
+            f"lstm: expected input_size = embedding_dim + latent, at least {embed_dim}, got {lstm.input_size}"
+        )
+    _check_linear("output", output, hidden_size, vocab_size)
+    if initial_state is not None:
+        _check_linear("initial_state", initial_state, latent_dim, 2 * hidden_size)
+    weights = {"lstm": lstm.weight_ih_l0, "output": output.weight}
+    if initial_state is not None:
+        weights["initial_state"] = initial_state.weight
+    for name, weight in weights.items():
+        if weight.dtype != embedding.weight.dtype or weight.device != embedding.weight.device:
+            raise ValueError(
+                f"{name}: expected {embedding.weight.dtype} on {embedding.weight.device} as the embedding, "
+                f"got {weight.dtype} on {weight.device}"
+            )
+    return latent_dim
+
+
+def _check_linear(name: str, linear: nn.Linear, in_features: int, out_features: int) -> None:
+    if (linear.in_features, linear.out_features) != (in_features, out_features):
+        raise ValueError(
+            f"{name}: expected nn.Linear({in_features}, {out_features}), "
+            f"got nn.Linear({linear.in_features}, {linear.out_features})"
+        )
+
+
+def _state_of(
+    embedding: nn.Embedding, lstm: nn.LSTM, output: nn.Linear, initial_state: nn.Linear | None
+) -> dict[str, Tensor]:
+    recurrence = lstm.state_dict()
+    state = {
+        "embedding.weight": embedding.weight.detach(),
+        "weight_ih": recurrence["weight_ih_l0"],
+        "weight_hh": recurrence["weight_hh_l0"],
+    }
+    if lstm.bias:
+        state["bias"] = recurrence["bias_ih_l0"] + recurrence["bias_hh_l0"]
+    state |= {f"output.{name}": value for name, value in output.state_dict().items()}
+    if initial_state is not None:
+        state |= {f"initial_state.{name}": value for name, value in initial_state.state_dict().items()}
+    return state

@@ -1,0 +1,192 @@
+"""Compile every kernel ahead of time and tabulate what it takes of a multiprocessor; no GPU is needed.
+
+    python tests/kernels/resources.py             writes kernels/RESOURCES.md
+    python tests/kernels/resources.py --json      prints the rows and the table
+
+The launch functions themselves run, on meta tensors, with each launch replaced by its compilation: what is
+measured is what a user's call would compile.
+"""
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from fastvae.kernels import cross_entropy, gaussian, lstm
+
+ARCHITECTURES = (80, 90)
+TABLE = Path(__file__).parents[2] / "kernels" / "RESOURCES.md"
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """Yield one row per kernel, case and architecture; what another case compiled already is not repeated.
+
+    Raises:
+        RuntimeError: if other numbers of rows or steps make a kernel compile again.
+    """
+    knobs.compilation.always_compile = True  # a kernel from the cache on disk has no ptxas log
+    knobs.nvidia.dump_ptxas_log = True
+    for architecture in ARCHITECTURES:
+        driver.set_active(_Driver(architecture))
+        for case, call in _CASES.items():
+            with _compiling() as compiled:
+                call(_Sizes(rows=960, steps=2))
+            for name, (kernel, log) in compiled.items():
+                yield {
+                    "kernel": name,
+                    "case": case,
+                    "sm": architecture,
+                    "warps": kernel.metadata.num_warps,
+                    "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+                    "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
+                    "shared": kernel.metadata.shared,
+                }
+            for sizes in (_Sizes(rows=1, steps=1), _Sizes(rows=257, steps=3)):
+                with _compiling() as compiled:
+                    call(sizes)
+                if compiled:
+                    raise RuntimeError(f"{case}: {sizes} compiled again: {', '.join(compiled)}")
+
+
+def write_table(table_rows: list[dict[str, Any]]) -> str:
+    """Format `table_rows` as the Markdown file kept beside the kernels."""
+    keys = dict.fromkeys((row["kernel"].strip("_"), row["case"], row["warps"]) for row in table_rows)
+    cells = {
+        (
+            row["kernel"].strip("_"),
+            row["case"],
+            row["sm"],
+        ): f"{row['registers']} | {row['spills']} | {row['shared']}"
+        for row in table_rows
+    }
+    lines = [
+        "# What each kernel takes of a multiprocessor",
+        "",
+        "Registers of a thread, bytes spilled, bytes of shared memory of a program, compiled ahead of time.",
+        f"Written by `python tests/kernels/resources.py` with Triton {triton.__version__}; the tests hold",
+        "the kernels to it.",
+        "",
+        "| kernel | case | warps | sm_80: registers | spills | shared | sm_90: registers | spills | shared |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for kernel, case, warps in keys:
+        columns = " | ".join(cells[kernel, case, architecture] for architecture in ARCHITECTURES)
+        lines.append(f"| {kernel} | {case} | {warps} | {columns} |")
+    return "\n".join(lines) + "\n"
+
+
+class _Driver:
+    """Stands in for a GPU of one architecture, as far as compiling goes."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # the key of Triton's cache of compiled kernels
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[dict[str, Any]]:
+    compiled: dict[str, Any] = {}
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if log.getvalue():
+            compiled[self.fn.__name__] = (kernel, log.getvalue())
+
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+
+
+class _Sizes(NamedTuple):
+    """What varies from call to call."""
+
+    rows: int
+    steps: int
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _gaussian(sizes: _Sizes, dtype: torch.dtype, latent: int, prior: str = "none") -> None:
+    mean, seed = _tensor(sizes.rows, latent, dtype=dtype), _tensor(1, dtype=torch.int64)
+    prior_rows = {"none": 0, "shared": 1, "full": sizes.rows}[prior]
+    if prior == "full" and sizes.rows == 1:
+        return  # the same as a shared one
+    priors = [_tensor(prior_rows, latent)] * 2 if prior_rows else [None, None]
+    gaussian.sample_kl_forward(mean, mean, *priors, seed, 1, True)
+    grad_z, grad_kl = mean.unsqueeze(0), _tensor(sizes.rows)
+    gaussian.sample_kl_backward(grad_z, grad_kl, mean, mean, *priors, seed, True)
+
+
+def _cross_entropy(sizes: _Sizes, dtype: torch.dtype) -> None:
+    hidden = _tensor(sizes.rows, 256, dtype=dtype)
+    weight, bias = _tensor(10000, 256, dtype=dtype), _tensor(10000, dtype=dtype)
+    target, losses = _tensor(sizes.rows, dtype=torch.int64), _tensor(sizes.rows)
+    cross_entropy.forward(hidden, weight, bias, target, -100)
+    cross_entropy.backward(losses, hidden, weight, bias, target, losses, -100, True, True)
+
+
+def _lstm(sizes: _Sizes, dtype: torch.dtype) -> None:
+    tokens, lengths = _tensor(*sizes, dtype=torch.int64), _tensor(sizes.rows, dtype=torch.int64)
+    state, embedding = _tensor(sizes.rows, 256, dtype=dtype), _tensor(10000, 256, dtype=dtype)
+    weight, seed = _tensor(1024, 256, dtype=dtype), _tensor(1, dtype=torch.int64)
+    weights = (state, state, embedding, weight, weight, seed, 0.3, 1)
+    hidden, h_n, c_n, gates, cells = lstm.forward(tokens, lengths, _tensor(sizes.rows, 1024), *weights)
+    lstm.backward(hidden, h_n, c_n, hidden, gates, cells, tokens, lengths, *weights)
+
+
+def _tf32(family: Callable[[_Sizes, torch.dtype], None], sizes: _Sizes) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        family(sizes, torch.float32)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+_CASES: dict[str, Callable[[_Sizes], None]] = {
+    "float32, latent 128": lambda n: _gaussian(n, torch.float32, 128),
+    "float32, latent 33": lambda n: _gaussian(n, torch.float32, 33),
+    "bfloat16, latent 128, shared prior": lambda n: _gaussian(n, torch.bfloat16, 128, "shared"),
+    "float32, latent 2048, full prior": lambda n: _gaussian(n, torch.float32, 2048, "full"),
+    "logits in float32": lambda n: _cross_entropy(n, torch.float32),
+    "logits in TF32": lambda n: _tf32(_cross_entropy, n),
+    "logits in bfloat16": lambda n: _cross_entropy(n, torch.bfloat16),
+    "LSTM in float32": lambda n: _lstm(n, torch.float32),
+    "LSTM in TF32": lambda n: _tf32(_lstm, n),
+    "LSTM in bfloat16": lambda n: _lstm(n, torch.bfloat16),
+}
+
+if __name__ == "__main__":
+    collected = list(rows())
+    if "--json" in sys.argv:
+        print(json.dumps({"triton": triton.__version__, "rows": collected, "table": write_table(collected)}))
+    else:
+        TABLE.write_text(write_table(collected))
+        print(TABLE.read_text())
