@@ -1,11 +1,12 @@
 """Which backend serves which op: the C++ core on CPU, Triton on CUDA, the reference everywhere else."""
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -35,10 +36,8 @@ def _load_core() -> tuple[ModuleType | None, str]:
 
 
 CORE, CORE_MISSING = _load_core()
-TRITON_MISSING = (
-    "" if importlib.util.find_spec("triton") else "Triton is not installed; pip install 'fastvae[gpu]'"
-)
-_OPS: list[str] = []
+TRITON_MISSING = "" if importlib.util.find_spec("triton") else "Triton is not installed; pip install 'fastvae[gpu]'"
+_OPS: dict[str, bool] = {}  # name: whether a Triton kernel exists
 
 if CORE is None:
     warnings.warn(f"fastvae: CPU ops run on the slower reference path: {CORE_MISSING}", stacklevel=2)
@@ -52,9 +51,14 @@ def cpu_isa() -> str | None:
 def describe() -> list[Backend]:
     """List, for each op and device, the backend that serves it and the reason."""
     rows = []
-    for op in _OPS:
+    for op, has_kernel in _OPS.items():
         cpu = ("C++", f"instruction set {cpu_isa()}") if CORE else ("reference", CORE_MISSING)
-        cuda = ("reference", TRITON_MISSING) if TRITON_MISSING else ("Triton", "triton is installed")
+        if not has_kernel:
+            cuda = ("reference", "other devices go through another op")
+        elif TRITON_MISSING:
+            cuda = ("reference", TRITON_MISSING)
+        else:
+            cuda = ("Triton", "triton is installed")
         rows += [Backend(op, "cpu", *cpu), Backend(op, "cuda", *cuda)]
     return rows
 
@@ -97,8 +101,42 @@ def register(
     if cuda is not None and not TRITON_MISSING:
         LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"fastvae::{name}", fake, lib=LIBRARY)
-    _OPS.append(name)
-    return getattr(torch.ops.fastvae, name).default
+    _OPS[name] = cuda is not None
+    op = getattr(torch.ops.fastvae, name).default
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, _outside_autocast(op, device.lower()), f"Autocast{device}")
+    return op
+
+
+def _outside_autocast(op: Callable[..., Any], device: str) -> Callable[..., Any]:
+    # An op computes in the types that it states: autocast must not lower the products inside.
+    def call(*args: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return op(*args)
+
+    return call
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Let autograd record within an op, where gradients are off and a mode such as FlopCounterMode excludes it."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad():
+        yield
+
+
+def in_autocast_dtype(weight: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
+    """Return the operands in the dtype autocast asks for, unchanged outside autocast.
+
+    On CPU that is the weight's own: the kernels compute in float32 whatever the storage, so rounding the weight
+    would lose digits and gain nothing.
+    """
+    operands = [weight, *others]
+    device = weight.device.type
+    if not torch.is_autocast_enabled(device):
+        return operands
+    dtype = weight.dtype if device == "cpu" else torch.get_autocast_dtype(device)
+    return [t if t is None else t.to(dtype) for t in operands]
 
 
 def dtype_code(tensor: torch.Tensor) -> int:

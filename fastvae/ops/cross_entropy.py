@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastvae.ops.backend import CORE, kernel, pointer, register
+from fastvae.ops.backend import CORE, in_autocast_dtype, kernel, pointer, recording, register
 from fastvae.ops.checks import check_choice, check_float, check_index, check_like, check_shape
 
 _BLOCK_LOGITS = 2_500_000  # logits of a block of rows: 10 MB of float32
@@ -48,9 +48,10 @@ def reference_with_gradients(
     """
     compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     inputs = [t.detach().to(compute).requires_grad_() for t in (hidden, weight, bias) if t is not None]
-    with torch.enable_grad():
+    with recording():
         losses, lse = reference(inputs[0], inputs[1], inputs[2] if bias is not None else None, target, ignore_index)
-    grads = torch.autograd.grad(losses.sum(), inputs)
+        total = losses.sum()
+    grads = torch.autograd.grad(total, inputs)
     return losses.detach(), lse.detach(), *_select(lse, [*grads], need_hidden, need_weight)
 
 
@@ -68,7 +69,7 @@ def reference_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `reference`'s losses by autograd; those not needed have no elements."""
     inputs = [t.detach().requires_grad_() for t in (hidden, weight, bias) if t is not None]
-    with torch.enable_grad():
+    with recording():
         losses = reference(inputs[0], inputs[1], inputs[2] if bias is not None else None, target, ignore_index)[0]
     grads = torch.autograd.grad(losses, inputs, grad_losses)
     return _select(hidden, [*grads], need_hidden, need_weight)
@@ -300,9 +301,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, lse, *sum_gradients = ctx.saved_tensors
-        grads = _backward(
-            grad_losses, hidden, weight, bias, target, lse, ctx.ignore_index, sum_gradients, *ctx.needs
-        )
+        grads = _backward(grad_losses, hidden, weight, bias, target, lse, ctx.ignore_index, sum_gradients, *ctx.needs)
         return *(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), None, None
 
 
@@ -320,7 +319,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (..., hidden), float32, float64, bfloat16 or float16.
-        weight: (vocabulary, hidden), like `hidden`.
+        weight: (vocabulary, hidden), like `hidden` (or any of these types under autocast).
         target: class indices, int64 (...), in [0, vocabulary) or equal to `ignore_index`.
         bias: (vocabulary,), like `hidden`, or None.
         ignore_index: rows with this target give no loss and no gradient, and cost nothing on CPU.
@@ -336,6 +335,8 @@ def linear_cross_entropy(
     Soft targets, class weights and label smoothing are not offered.
     """
     check_float("hidden", hidden)
+    check_float("weight", weight)
+    weight, hidden, bias = in_autocast_dtype(weight, hidden, bias)
     check_like("weight", weight, "hidden", hidden)
     check_index("target", target, "hidden", hidden)
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastvae.ops.backend import CORE, dtype_code, kernel, pointer, register
+from fastvae.ops.backend import CORE, dtype_code, kernel, pointer, recording, register
 from fastvae.ops.checks import check_choice, check_float, check_like, check_seed
 from fastvae.ops.random import draw_seed, normal
 
@@ -31,7 +31,7 @@ def reference_sample_kl(
     num_samples: int | None,
     sum_latent: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Eager definition. mean, log_var (..., D), prior (D,) or (..., D); z (..., D) or, with num_samples, (S, ..., D)."""
+    """Eager definition. mean, log_var (..., D), prior (D,) or (..., D); z (..., D), or (S, ..., D) with num_samples."""
     compute = _compute_dtype(mean)
     mean_, log_var_ = mean.to(compute), log_var.to(compute).clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT)
     shape = _z_shape(mean, num_samples)
@@ -58,7 +58,7 @@ def reference_sample_kl_backward(
     sum_latent: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `reference_sample_kl` by autograd; those of an absent prior have no elements."""
-    with torch.enable_grad():
+    with recording():
         m, lv, pm, plv = (
             None if t is None else t.detach().requires_grad_() for t in (mean, log_var, prior_mean, prior_log_var)
         )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastvae.ops.backend import CORE, TRITON_MISSING, kernel, pointer, register
+from fastvae.ops.backend import CORE, TRITON_MISSING, in_autocast_dtype, kernel, pointer, recording, register
 from fastvae.ops.checks import check_device, check_float, check_index, check_like, check_seed, check_shape
 from fastvae.ops.random import draw_seed, uniform
 
@@ -82,12 +82,10 @@ def reference_backward(
     unk_index: int,
 ) -> tuple[Tensor, ...]:
     """Gradients of `reference` by autograd, for static_gates, h0, c0, embedding, weight_input and weight_hh."""
-    with torch.enable_grad():
+    with recording():
         inputs = [t.detach().requires_grad_() for t in (static_gates, h0, c0, embedding, weight_input, weight_hh)]
         gates_, h0_, c0_, embedding_, input_, hh_ = inputs
-        outputs = reference(
-            tokens, lengths, gates_, h0_, c0_, embedding_, input_, hh_, seed, word_dropout, unk_index
-        )
+        outputs = reference(tokens, lengths, gates_, h0_, c0_, embedding_, input_, hh_, seed, word_dropout, unk_index)
     grads = (grad_hidden, grad_h_n, grad_c_n)
     # Without a single step the hidden states depend on nothing.
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
@@ -224,9 +222,7 @@ def _cpu_backward(
     before[first:] = hidden.flatten(0, 1).index_select(0, rows[first:] - 1).to(compute)
     inputs = embedding.index_select(0, packing.words).to(compute)
     grad_inputs = grad_gates @ weight_input.to(compute)
-    grad_embedding = torch.ops.aten.embedding_dense_backward(
-        grad_inputs, packing.words, embedding.shape[0], -1, False
-    )
+    grad_embedding = torch.ops.aten.embedding_dense_backward(grad_inputs, packing.words, embedding.shape[0], -1, False)
     return (
         grad_static_gates,
         grad_h0.to(h0.dtype),
@@ -340,9 +336,7 @@ class _LSTMDecode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_hidden: Tensor | None, grad_h_n: Tensor | None,
                  grad_c_n: Tensor | None) -> tuple[Tensor | None, ...]:  # fmt: skip
-        grads = _backward(
-            grad_hidden, grad_h_n, grad_c_n, *ctx.saved_tensors, ctx.word_dropout, ctx.unk_index
-        )
+        grads = _backward(grad_hidden, grad_h_n, grad_c_n, *ctx.saved_tensors, ctx.word_dropout, ctx.unk_index)
         needed = (g if n else None for g, n in zip(grads, ctx.needs_input_grad[2:8], strict=True))
         return None, None, *needed, None, None, None
 
@@ -392,6 +386,7 @@ def lstm_decode(
         IndexError: if a token is out of range (on CUDA the row becomes NaN instead, as checking would synchronise).
     """
     check_float("embedding", embedding)
+    embedding, weight_ih, weight_hh, bias = in_autocast_dtype(embedding, weight_ih, weight_hh, bias)
     check_index("tokens", tokens, "embedding", embedding)
     if tokens.dim() != 2:
         raise ValueError(f"tokens: expected shape (batch, time), got {tuple(tokens.shape)}")
@@ -402,9 +397,7 @@ def lstm_decode(
     check_like("weight_hh", weight_hh, "embedding", embedding)
     check_shape("weight_hh", weight_hh, (4 * hidden_size, hidden_size), "(4 * hidden, hidden)")
     check_like("weight_ih", weight_ih, "embedding", embedding)
-    check_shape(
-        "weight_ih", weight_ih, (4 * hidden_size, embed_size + latent), "(4 * hidden, embed + latent)"
-    )
+    check_shape("weight_ih", weight_ih, (4 * hidden_size, embed_size + latent), "(4 * hidden, embed + latent)")
     for name, state in (("h0", h0), ("c0", c0)):
         check_float(name, state)
         check_device(name, state, "embedding", embedding)

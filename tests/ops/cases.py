@@ -1,0 +1,97 @@
+"""One call of each public function, for tests that put all of them through the same thing.
+
+Run as a program it saves what every case gives, so that other processes (another instruction set, no C++ core) can be
+compared: ``python cases.py results.pt``.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvae.functional import gaussian_kl, gaussian_sample_kl, linear_cross_entropy, lstm_decode
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+class Case(NamedTuple):
+    """A public function over named tensors, and a maker of those from a dtype and a batch size."""
+
+    call: Callable[..., tuple[Tensor, ...]]
+    inputs: Callable[[torch.dtype, int], dict[str, Tensor]]
+
+
+def _gaussian_inputs(dtype, batch):
+    random = torch.Generator().manual_seed(batch)
+    names = ("mean", "log_var", "prior_mean", "prior_log_var")
+    tensors = {name: torch.randn(batch, 33, generator=random).to(dtype) for name in names[:2]}
+    tensors |= {name: torch.randn(33, generator=random) for name in names[2:]}
+    return tensors | {"seed": torch.tensor([-6_000_000_000])}
+
+
+def _cross_entropy_inputs(dtype, batch):
+    random = torch.Generator().manual_seed(batch)
+    shapes = {"hidden": (batch, 33), "weight": (257, 33), "bias": (257,)}
+    tensors = {name: (0.3 * torch.randn(shape, generator=random)).to(dtype) for name, shape in shapes.items()}
+    target = torch.randint(0, 257, (batch,), generator=random)
+    target[1] = -100
+    return tensors | {"target": target}
+
+
+def _lstm_inputs(dtype, batch):
+    random, (time, vocabulary, embed, latent, size) = torch.Generator().manual_seed(batch), (6, 19, 7, 3, 33)
+    shapes = {
+        "z": (batch, latent),
+        "h0": (batch, size),
+        "c0": (batch, size),
+        "embedding": (vocabulary, embed),
+        "weight_ih": (4 * size, embed + latent),
+        "weight_hh": (4 * size, size),
+        "bias": (4 * size,),
+    }
+    tensors = {name: (0.3 * torch.randn(shape, generator=random)).to(dtype) for name, shape in shapes.items()}
+    tokens = torch.randint(0, vocabulary, (batch, time), generator=random)
+    lengths = torch.arange(batch) % (time + 1)
+    return tensors | {"tokens": tokens, "lengths": lengths, "seed": torch.tensor([7])}
+
+
+CASES = {
+    "gaussian_sample_kl": Case(
+        lambda **tensors: gaussian_sample_kl(**tensors, num_samples=2, reduction="none"), _gaussian_inputs
+    ),
+    "gaussian_kl": Case(lambda seed, **tensors: (gaussian_kl(**tensors),), _gaussian_inputs),
+    "linear_cross_entropy": Case(lambda **tensors: (linear_cross_entropy(**tensors),), _cross_entropy_inputs),
+    "linear_cross_entropy rows": Case(
+        lambda **tensors: (linear_cross_entropy(**tensors, reduction="none"),), _cross_entropy_inputs
+    ),
+    "lstm_decode": Case(lambda **tensors: lstm_decode(**tensors, word_dropout=0.4, unk_index=1), _lstm_inputs),
+}
+
+
+def leaves(case: Case, dtype: torch.dtype = torch.float32, batch: int = 9) -> dict[str, Tensor]:
+    """Return the case's inputs; the floating-point ones take gradients."""
+    return {
+        name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in case.inputs(dtype, batch).items()
+    }
+
+
+def backward(outputs: tuple[Tensor, ...], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradients of a fixed random combination of the outputs, by input."""
+    random = torch.Generator().manual_seed(0)
+    grad_outputs = [torch.randn(o.shape, generator=random).to(o.dtype) for o in outputs]
+    wanted = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
+    grads = torch.autograd.grad(outputs, list(wanted.values()), grad_outputs, allow_unused=True)
+    return dict(zip(wanted, grads, strict=True))
+
+
+def results(name: str, dtype: torch.dtype, batch: int = 9) -> list[Tensor]:
+    """Return outputs and gradients of the case `name`."""
+    inputs = leaves(CASES[name], dtype, batch)
+    outputs = CASES[name].call(**inputs)
+    return [*(o.detach() for o in outputs), *backward(outputs, inputs).values()]
+
+
+if __name__ == "__main__":
+    torch.save({(name, dtype): results(name, dtype) for name in CASES for dtype in DTYPES}, sys.argv[1])

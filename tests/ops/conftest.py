@@ -1,0 +1,82 @@
+"""Fixtures of the op tests: both CPU backends, poisoned memory, the error budget, one or two threads."""
+
+import warnings
+
+import pytest
+import torch
+
+from fastvae.ops import backend as backend_module
+from fastvae.ops import cross_entropy, gaussian, lstm
+
+REFERENCES = {
+    "gaussian_sample_kl": gaussian.reference_sample_kl,
+    "gaussian_sample_kl_backward": gaussian.reference_sample_kl_backward,
+    "linear_cross_entropy": cross_entropy.reference,
+    "linear_cross_entropy_backward": cross_entropy.reference_backward,
+    "lstm_decode": lstm._reference_op,
+    "lstm_decode_backward": lstm.reference_backward,
+}
+
+
+@pytest.fixture(params=["C++", "reference"])
+def backend(request, monkeypatch):
+    """Run the test on the C++ core and on the reference, both with CPU tensors."""
+    if request.param == "reference":
+        for module in (cross_entropy, lstm):
+            monkeypatch.setattr(module, "CORE", None)
+        with torch.library._scoped_library("fastvae", "IMPL") as library:
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it overrides
+                for name, function in REFERENCES.items():
+                    library.impl(name, function, "CPU", allow_override=True)
+            yield request.param
+        return
+    if backend_module.CORE is None:
+        pytest.skip("the C++ core is not built")
+    yield request.param
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Fill fresh memory with NaN (integers: -12345): an element left unwritten shows."""
+
+    def poisoned(empty):
+        def filled(*args, **kwargs):
+            tensor = empty(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else -12345)
+
+        return filled
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def assert_within_budget():
+    """Return a check that `ours` is as near to `exact` (float64) as `eager`, plus a tolerance."""
+
+    def check(name, ours, exact, eager, rounding):
+        """The tolerance is `rounding` units in the last place of the largest number, in `ours`'s type."""
+        assert ours.shape == exact.shape, name
+        if exact.numel() == 0:
+            return
+        ours, exact, eager = ours.detach(), exact.detach(), eager.detach()
+        tolerance = rounding * torch.finfo(ours.dtype).eps * exact.abs().max().item()
+        budget = (eager - exact).abs().max().item() + tolerance
+        error = (ours - exact).abs().max().item()
+        assert error <= budget, f"{name}: error {error:.3g} above the budget {budget:.3g}"
+
+    return check
+
+
+@pytest.fixture
+def with_threads():
+    """Return a function that calls another with a number of threads."""
+    before = torch.get_num_threads()
+
+    def call(threads, function):
+        torch.set_num_threads(threads)
+        return function()
+
+    yield call
+    torch.set_num_threads(before)

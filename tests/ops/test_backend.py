@@ -1,0 +1,160 @@
+"""The backends as a whole: instruction sets, a missing core, what an import loads, what `describe` tells."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, DTYPES, results
+
+import fastvae.functional
+from fastvae.ops import backend as backend_module
+from fastvae.ops import cross_entropy, gaussian, lstm
+
+HERE = str(Path(__file__).parent)
+RUN_CASES = f"import runpy\nrunpy.run_path({HERE + '/cases.py'!r}, run_name='__main__')\n"
+# As if there were no core: this process's import of it fails.
+WITHOUT_CORE = "import sys; sys.modules['fastvae._C'] = None\n"
+
+
+def python(*arguments, isa=None):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("FASTVAE_CPU_ISA", None)
+    if isa is not None:
+        environment["FASTVAE_CPU_ISA"] = isa
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+
+
+def needs_core():
+    if backend_module.CORE is None:
+        pytest.skip("the C++ core is not built")
+    return backend_module.CORE
+
+
+def test_core_is_built():
+    """The other tests may skip without it; one must not."""
+    assert backend_module.CORE is not None, backend_module.CORE_MISSING
+
+
+def test_the_fixture_switches_backends(backend):
+    """What the tests of both backends rest on."""
+    arguments = [torch.zeros(2, 3, dtype=torch.int64), torch.tensor([3, 3]), torch.zeros(2, 16)]
+    arguments += [torch.zeros(shape) for shape in ((2, 4), (2, 4), (5, 3), (16, 3), (16, 4))]
+    saved = torch.ops.fastvae.lstm_decode(*arguments, torch.tensor([1]), 0.0, -1)[3:]
+    assert [s.numel() for s in saved] == ([96, 24] if backend == "C++" else [0, 0])
+    seed, zeros = torch.tensor([1]), torch.zeros(100, 100)
+    ours = torch.ops.fastvae.gaussian_sample_kl(zeros, zeros, None, None, seed, None, True)[0]
+    reference = gaussian.reference_sample_kl(zeros, zeros, None, None, seed, None, True)[0]
+    assert torch.equal(ours, reference) == (backend == "reference")
+
+
+@pytest.fixture(scope="module")
+def without_core(tmp_path_factory):
+    """Every case on the reference, from a process without the core, and what that process complained of."""
+    path = tmp_path_factory.mktemp("reference") / "results.pt"
+    process = python("-c", WITHOUT_CORE + RUN_CASES, str(path))
+    assert process.returncode == 0, process.stderr
+    return torch.load(path), process.stderr
+
+
+def assert_agrees(ours, expected):
+    """Equal up to rounding: a few units of the type, at the size of the largest number."""
+    assert ours.keys() == expected.keys() == {(name, dtype) for name in CASES for dtype in DTYPES}
+    for case, tensors in expected.items():
+        for mine, reference in zip(ours[case], tensors, strict=True):
+            assert mine.dtype == reference.dtype, case
+            # The noise is float32 for every type: 1e-6.
+            tolerance = max(4 * torch.finfo(mine.dtype).eps, 2e-6) * reference.abs().max().item()
+            torch.testing.assert_close(mine, reference, rtol=0, atol=tolerance, msg=lambda m, c=case: f"{c}: {m}")
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_instruction_sets_agree_with_the_reference(isa, without_core, tmp_path):
+    if isa not in needs_core().isas():
+        pytest.skip(f"this machine or build has no {isa}")
+    check = f"import fastvae._C as core; assert core.isa() == {isa!r}\n"
+    process = python("-c", check + RUN_CASES, str(tmp_path / "ours.pt"), isa=isa)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    assert_agrees(torch.load(tmp_path / "ours.pt"), without_core[0])
+
+
+def test_instruction_set_by_default_is_the_best():
+    core = needs_core()
+    if "FASTVAE_CPU_ISA" not in os.environ:
+        assert core.isa() == core.isas()[-1]
+    assert core.isas()[0] == "baseline"
+    assert backend_module.cpu_isa() == core.isa()
+
+
+def test_unknown_instruction_set_is_refused():
+    known = ", ".join(needs_core().isas())
+    process = python("-c", "import fastvae", isa="AVX2")
+    assert process.returncode == 1
+    assert f"ImportError: FASTVAE_CPU_ISA: expected one of {known}" in process.stderr
+    assert "got 'AVX2'" in process.stderr
+
+
+def test_without_a_core_all_works_after_one_warning(without_core):
+    reference, stderr = without_core
+    assert stderr.count("Warning") == 1
+    assert "CPU ops run on the slower reference path" in stderr
+    assert "pip install" in stderr, "the warning says how to get it"
+    needs_core()
+    assert_agrees({(name, dtype): results(name, dtype) for name in CASES for dtype in DTYPES}, reference)
+
+
+CHECK_WITHOUT_CORE = """
+import warnings; warnings.simplefilter("ignore")
+import torch
+from fastvae.ops import backend
+rows = backend.describe()
+assert backend.cpu_isa() is None
+assert all(row.backend == "reference" and "C++" in row.reason for row in rows if row.device == "cpu"), rows
+from test_cross_entropy import test_opcheck as cross_entropy
+from test_gaussian import test_opcheck as gaussian
+from test_lstm import test_opcheck as lstm
+gaussian(3, "shared", torch.float32)
+cross_entropy(torch.bfloat16, True, (True, True))
+lstm(torch.float32, 0.5)
+"""
+
+
+def test_references_are_proper_ops_too():
+    """Strides and types as promised to the compiler, and autograd inside them also under PyTorch's dispatch modes."""
+    path = f"sys.path.insert(0, {HERE!r})\n"
+    process = python("-c", WITHOUT_CORE + path + CHECK_WITHOUT_CORE)
+    assert process.returncode == 0, process.stderr
+
+
+def test_import_loads_no_optional_package():
+    code = "import sys, fastvae; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    process = python("-c", code)
+    loaded = set(process.stdout.split())
+    assert {"fastvae", "torch"} <= loaded, process.stderr
+    optional = {"lightning", "pytorch_lightning", "rich", "yaml", "matplotlib", "triton", "sklearn", "scipy"}
+    assert not optional & loaded
+
+
+def test_describe_covers_every_op_on_both_devices():
+    rows = backend_module.describe()
+    registered = {
+        name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastvae::")
+    }
+    assert len(registered) >= 7
+    assert sorted((row.op, row.device) for row in rows) == sorted(
+        (op, device) for op in registered for device in ("cpu", "cuda")
+    )
+    assert all(row.backend in ("C++", "Triton", "reference") and row.reason for row in rows)
+    needs_core()
+    assert {row.backend for row in rows if row.device == "cpu"} == {"C++"}
+    assert all(backend_module.cpu_isa() in row.reason for row in rows if row.device == "cpu")
+    assert "Triton" in {row.backend for row in rows if row.device == "cuda"} or backend_module.TRITON_MISSING
+
+
+def test_public_functions_are_those_of_the_ops():
+    assert set(fastvae.functional.__all__) == {name.partition(" ")[0] for name in CASES}
+    assert fastvae.functional.lstm_decode is lstm.lstm_decode
+    assert fastvae.functional.linear_cross_entropy is cross_entropy.linear_cross_entropy
