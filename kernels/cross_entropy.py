@@ -102,9 +102,7 @@ def backward(
     """
     _check_dtype(hidden)
     (rows, hidden_size), vocabulary = hidden.shape, weight.shape[0]
-    sums = (
-        torch.zeros((rows, hidden_size), dtype=torch.float32, device=hidden.device) if need_hidden else None
-    )
+    sums = torch.zeros((rows, hidden_size), dtype=torch.float32, device=hidden.device) if need_hidden else None
     grad_weight = torch.zeros_like(weight) if need_weight else None
     grad_bias = torch.zeros_like(bias) if need_weight and bias is not None else None
     if rows == 0 or not (need_hidden or need_weight):

@@ -120,9 +120,7 @@ def _tile(latent: int) -> tuple[int, int]:
     return _TILE // block_latent, block_latent
 
 
-def _prior(
-    prior_mean: Tensor | None, prior_log_var: Tensor | None, mean: Tensor
-) -> tuple[Tensor, Tensor, int]:
+def _prior(prior_mean: Tensor | None, prior_log_var: Tensor | None, mean: Tensor) -> tuple[Tensor, Tensor, int]:
     """Return the prior's tensors and row stride (0: one row for all), or stand-ins the kernel never reads."""
     if mean.dtype == torch.float64:
         raise TypeError("mean: expected float32, bfloat16 or float16, got torch.float64")

@@ -282,9 +282,7 @@ def _lstm_step_kernel(
     end = tl.max(active.to(tl.int32), axis=0) * hidden_size
     for start in range(0, end, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        h = tl.load(
-            previous_ptr[:, None] + k[None, :], mask=active[:, None] & (k < hidden_size)[None, :], other=0.0
-        )
+        h = tl.load(previous_ptr[:, None] + k[None, :], mask=active[:, None] & (k < hidden_size)[None, :], other=0.0)
         weight_mask = (unit < hidden_size)[None, :] & (k < hidden_size)[:, None]
         weight_i_ptr = weight_ptr + unit[None, :] * hidden_size + k[:, None]
         weight_f_ptr = weight_ptr + (unit + hidden_size)[None, :] * hidden_size + k[:, None]

@@ -49,9 +49,7 @@ def collate(sentences: Sequence[torch.Tensor]) -> TextBatch:
     if not sentences:
         raise ValueError("sentences must hold at least one sentence, got none")
     lengths = torch.tensor([len(sentence) for sentence in sentences])
-    return TextBatch(
-        pad_sequence(list(sentences), batch_first=True, padding_value=Vocabulary.pad_index), lengths
-    )
+    return TextBatch(pad_sequence(list(sentences), batch_first=True, padding_value=Vocabulary.pad_index), lengths)
 
 
 class TokenBatchSampler(Sampler[list[int]]):
@@ -101,9 +99,7 @@ class TokenBatchSampler(Sampler[list[int]]):
         self.shuffle = shuffle
         self.seed = _checked_seed(seed)
         self.epoch = 0
-        self._cut = BatchCutter(
-            batch_size, max_tokens, shuffle if drop_last is None else drop_last, multiple_of
-        )
+        self._cut = BatchCutter(batch_size, max_tokens, shuffle if drop_last is None else drop_last, multiple_of)
         self._cut.check(self.world_size, int(self.lengths.max()), len(self.lengths))
         if pool_batches < 1:
             raise ValueError(f"pool_batches must be at least 1, got {pool_batches}")
@@ -196,15 +192,11 @@ class StreamingBatches(IterableDataset[TextBatch]):
         self.corpus = corpus
         self.shuffle = shuffle
         self.seed = _checked_seed(seed)
-        self._cut = BatchCutter(
-            batch_size, max_tokens, shuffle if drop_last is None else drop_last, multiple_of
-        )
+        self._cut = BatchCutter(batch_size, max_tokens, shuffle if drop_last is None else drop_last, multiple_of)
         self._cut.check(corpus.world_size)
         self.pool_sentences = pool_sentences or 100 * (batch_size or 100)
         if batch_size is not None and self.pool_sentences % batch_size:
-            raise ValueError(
-                f"pool_sentences must be a multiple of batch_size={batch_size}, got {self.pool_sentences}"
-            )
+            raise ValueError(f"pool_sentences must be a multiple of batch_size={batch_size}, got {self.pool_sentences}")
         # In shared memory, so that set_epoch also reaches workers that live on between epochs.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -234,9 +226,7 @@ class StreamingBatches(IterableDataset[TextBatch]):
         order = self._cut.keep(order)
         if not len(order):
             if pool == 0:
-                raise ValueError(
-                    f"{self.corpus.path}: {len(texts)} sentences make no batch of {self._cut.multiple_of}"
-                )
+                raise ValueError(f"{self.corpus.path}: {len(texts)} sentences make no batch of {self._cut.multiple_of}")
             return
         self._cut.check(world_size, int(lengths.max()))
         batches = self._cut(order, lengths)
@@ -249,9 +239,7 @@ class StreamingBatches(IterableDataset[TextBatch]):
 class BatchCutter:
     """The one rule by which a pool of sentences becomes batches; the arguments are `TokenBatchSampler`'s."""
 
-    def __init__(
-        self, batch_size: int | None, max_tokens: int | None, drop_last: bool, multiple_of: int
-    ) -> None:
+    def __init__(self, batch_size: int | None, max_tokens: int | None, drop_last: bool, multiple_of: int) -> None:
         if (batch_size is None) == (max_tokens is None):
             raise ValueError(f"give batch_size or max_tokens, got {batch_size=}, {max_tokens=}")
         for name, value in (
@@ -283,9 +271,7 @@ class BatchCutter:
             )
         least = self.multiple_of if self.drop_last else world_size
         if sentences is not None and sentences < least:
-            raise ValueError(
-                f"{sentences} sentences make no batch, at least {least} are needed: lower {name}"
-            )
+            raise ValueError(f"{sentences} sentences make no batch, at least {least} are needed: lower {name}")
 
     def keep(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
         """Leave out what would make an uneven batch."""

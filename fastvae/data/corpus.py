@@ -44,9 +44,7 @@ def read_sentences(path: str | os.PathLike[str]) -> Iterator[str]:
                     f"{path}, line {number}: byte {byte:#04x} at position {error.start} is not UTF-8 text"
                 ) from None
             if "\0" in sentence:
-                raise UnicodeError(
-                    f"{path}, line {number}: NUL character; expected UTF-8 text, not UTF-16 or binary"
-                )
+                raise UnicodeError(f"{path}, line {number}: NUL character; expected UTF-8 text, not UTF-16 or binary")
             if sentence:
                 empty = False
                 yield sentence
@@ -74,28 +72,20 @@ def load_text(name_or_path: str | os.PathLike[str], split: str = "train") -> lis
         raise ValueError(f"split must be one of {', '.join(SPLIT_NAMES)}, all; got {split!r}")
     if name_or_path == "assistant":
         if split not in ASSISTANT_SPLITS:
-            raise ValueError(
-                f"split {split!r} is for a single text file; 'assistant' has {', '.join(SPLIT_NAMES)}"
-            )
+            raise ValueError(f"split {split!r} is for a single text file; 'assistant' has {', '.join(SPLIT_NAMES)}")
         return assistant_sentences(split)
     path = Path(name_or_path)
     if name_or_path == "ptb":
         root = os.environ.get("FASTVAE_DATA")
         if not root:
-            raise FileNotFoundError(
-                "'ptb' needs the environment variable FASTVAE_DATA: the folder that holds ptb/"
-            )
+            raise FileNotFoundError("'ptb' needs the environment variable FASTVAE_DATA: the folder that holds ptb/")
         path = Path(root) / "ptb"
     if name_or_path == "ptb" or path.is_dir():
         if split == "all":
-            raise ValueError(
-                f"split 'all' is for a single text file; {path} is a folder of {', '.join(SPLIT_NAMES)}"
-            )
+            raise ValueError(f"split 'all' is for a single text file; {path} is a folder of {', '.join(SPLIT_NAMES)}")
         return list(read_sentences(path / f"{split}.txt"))
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such file or folder, and not one of the names 'assistant', 'ptb'"
-        )
+        raise FileNotFoundError(f"{path}: no such file or folder, and not one of the names 'assistant', 'ptb'")
     sentences = list(read_sentences(path))
     if split == "all":
         return sentences
@@ -103,9 +93,7 @@ def load_text(name_or_path: str | os.PathLike[str], split: str = "train") -> lis
         return [sentence for i, sentence in enumerate(sentences) if i % 20 < 18]
     held_out = sentences[18 if split == "valid" else 19 :: 20]
     if not held_out:
-        raise ValueError(
-            f"{path}: {len(sentences)} sentences are too few to hold any out for {split!r}, 20 are needed"
-        )
+        raise ValueError(f"{path}: {len(sentences)} sentences are too few to hold any out for {split!r}, 20 are needed")
     return held_out
 
 
@@ -249,6 +237,4 @@ def _encode(sentence: str, vocabulary: Vocabulary, max_length: int | None) -> li
 
 def _check_max_length(max_length: int | None) -> None:
     if max_length is not None and max_length < 3:
-        raise ValueError(
-            f"max_length must leave room for <s>, a word and </s>, so at least 3; got {max_length}"
-        )
+        raise ValueError(f"max_length must leave room for <s>, a word and </s>, so at least 3; got {max_length}")

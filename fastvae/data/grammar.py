@@ -81,9 +81,7 @@ class Grammar:
 
     def words(self) -> list[str]:
         """Give every word that a sentence can contain, sorted."""
-        return sorted(
-            {x for rules in self._alternatives for rule in rules for x in rule if isinstance(x, str)}
-        )
+        return sorted({x for rules in self._alternatives for rule in rules for x in rule if isinstance(x, str)})
 
     def sample(self, generator: random.Random) -> Sample:
         """Draw a sentence."""
@@ -125,10 +123,7 @@ class Grammar:
     def expected_length(self) -> float:
         """Give the exact mean number of words of a sentence."""
         cost = [
-            sum(
-                p * sum(isinstance(x, str) for x in rule)
-                for p, rule in zip(probabilities, rules, strict=True)
-            )
+            sum(p * sum(isinstance(x, str) for x in rule) for p, rule in zip(probabilities, rules, strict=True))
             for probabilities, rules in zip(self._probabilities, self._alternatives, strict=True)
         ]
         return self._expectation(cost)
@@ -144,9 +139,7 @@ class Grammar:
             RuntimeError: more than max_states pairs, so nothing is proved.
         """
         start: Symbols = (0,)
-        seen: dict[tuple[Symbols, Symbols], tuple[tuple[Symbols, Symbols], str] | None] = {
-            (start, start): None
-        }
+        seen: dict[tuple[Symbols, Symbols], tuple[tuple[Symbols, Symbols], str] | None] = {(start, start): None}
         queue = deque(seen)
         reads: dict[Symbols, dict[str, list[Symbols]]] = {}
 
@@ -182,9 +175,7 @@ class Grammar:
                             seen[following] = (pair, word)
                             queue.append(following)
                             if len(seen) > max_states:
-                                raise RuntimeError(
-                                    f"more than {max_states} pairs of derivations: not decided"
-                                )
+                                raise RuntimeError(f"more than {max_states} pairs of derivations: not decided")
         return None
 
     def _compile(self, rules: Mapping[str, str | Sequence[str]], start: str) -> None:
@@ -329,9 +320,7 @@ class Grammar:
     def _mean_children(self) -> np.ndarray:
         """Give the matrix of the mean number of symbols B (column) in an alternative of A (row)."""
         children = np.zeros((len(self._names), len(self._names)))
-        for symbol, (probabilities, rules) in enumerate(
-            zip(self._probabilities, self._alternatives, strict=True)
-        ):
+        for symbol, (probabilities, rules) in enumerate(zip(self._probabilities, self._alternatives, strict=True)):
             for probability, rule in zip(probabilities, rules, strict=True):
                 for item in rule:
                     if isinstance(item, int):
@@ -346,9 +335,7 @@ class Grammar:
     def _check_ends(self) -> None:
         radius = float(np.abs(np.linalg.eigvals(self._mean_children())).max())
         if radius >= 1.0:
-            raise ValueError(
-                f"recursive rules are too likely: each symbol gives rise to {radius:.3g} on average"
-            )
+            raise ValueError(f"recursive rules are too likely: each symbol gives rise to {radius:.3g} on average")
 
 
 class _Item(NamedTuple):
@@ -365,8 +352,7 @@ _Rules = list[tuple[float, list[_Item]]]
 def _parse(name: str, body: str | Sequence[str]) -> _Rules:
     if not isinstance(body, str):
         rules: _Rules = [
-            (1.0 / (rank + 2.7), [_Item(word=word) for word in phrase.split()])
-            for rank, phrase in enumerate(body)
+            (1.0 / (rank + 2.7), [_Item(word=word) for word in phrase.split()]) for rank, phrase in enumerate(body)
         ]
         phrases = [tuple(phrase.split()) for phrase in body]
         if repeated := {" ".join(phrase) for phrase in phrases if phrases.count(phrase) > 1}:

@@ -40,9 +40,7 @@ class Vocabulary:
             if word.split() != [word]:
                 raise ValueError(f"word {index - 4} must be non-empty and free of white space, got {word!r}")
             if word in SPECIAL_TOKENS or word in self._index:
-                kind = (
-                    "a special token" if word in SPECIAL_TOKENS else f"already word {self._index[word] - 4}"
-                )
+                kind = "a special token" if word in SPECIAL_TOKENS else f"already word {self._index[word] - 4}"
                 raise ValueError(f"word {index - 4} is {word!r}, which is {kind}")
             self._index[word] = index
 
@@ -119,9 +117,7 @@ class Vocabulary:
         words = []
         for position, index in enumerate(ids.tolist() if isinstance(ids, torch.Tensor) else ids):
             if not 0 <= index < len(self):
-                raise ValueError(
-                    f"ids[{position}] is {index}, out of range for a vocabulary of {len(self)} tokens"
-                )
+                raise ValueError(f"ids[{position}] is {index}, out of range for a vocabulary of {len(self)} tokens")
             if index == self.eos_index:
                 break
             if index not in (self.pad_index, self.bos_index):
@@ -161,9 +157,7 @@ class Vocabulary:
             raise ValueError(f"{path}, line {line}: not a vocabulary, the text is not UTF-8") from None
         *tokens, rest = text.split("\n")
         if tuple(tokens[:4]) != SPECIAL_TOKENS:
-            raise ValueError(
-                f"{path}: not a vocabulary, the first four lines must be {' '.join(SPECIAL_TOKENS)}"
-            )
+            raise ValueError(f"{path}: not a vocabulary, the first four lines must be {' '.join(SPECIAL_TOKENS)}")
         if rest:
             raise ValueError(f"{path}, line {len(tokens) + 1}: vocabulary cut off, the last line has no end")
         try:

@@ -191,9 +191,7 @@ class SentenceVAE(nn.Module):
         """
         return self.decoder.generate(z, max_length, strategy, **options)
 
-    def reconstruct(
-        self, tokens: Tensor, lengths: Tensor | None = None, **options: Any
-    ) -> tuple[Tensor, ...]:
+    def reconstruct(self, tokens: Tensor, lengths: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
         """Write each sentence again from its posterior mean, without dropout, greedily unless told.
 
         Args:

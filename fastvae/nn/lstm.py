@@ -155,17 +155,13 @@ class LSTMDecoder(nn.Module):
         super().__init__()
         _check_probability("word_dropout", word_dropout)
         _check_probability("dropout", dropout)
-        _check_indices(
-            vocab_size, pad_index=pad_index, bos_index=bos_index, eos_index=eos_index, unk_index=unk_index
-        )
+        _check_indices(vocab_size, pad_index=pad_index, bos_index=bos_index, eos_index=eos_index, unk_index=unk_index)
         if latent_dim < 0:
             raise ValueError(f"latent_dim: expected at least 0, got {latent_dim}")
         if word_dropout > 0 and unk_index is None:
             raise ValueError("unk_index: expected the index of <unk> when word_dropout > 0, got None")
         if tie_weights and embed_dim != hidden_size:
-            raise ValueError(
-                f"tie_weights: expected embed_dim equal to hidden_size, got {embed_dim} and {hidden_size}"
-            )
+            raise ValueError(f"tie_weights: expected embed_dim equal to hidden_size, got {embed_dim} and {hidden_size}")
         self.vocab_size = vocab_size
         self.embed_dim = embed_dim
         self.hidden_size = hidden_size
@@ -184,9 +180,7 @@ class LSTMDecoder(nn.Module):
         self.weight_hh = nn.Parameter(torch.empty(gates, hidden_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(gates, device=device, dtype=dtype))
         self.output = nn.Linear(hidden_size, vocab_size, device=device, dtype=dtype)
-        self.initial_state = (
-            nn.Linear(latent_dim, 2 * hidden_size, device=device, dtype=dtype) if latent_dim else None
-        )
+        self.initial_state = nn.Linear(latent_dim, 2 * hidden_size, device=device, dtype=dtype) if latent_dim else None
         self.reset_parameters()
         if tie_weights:
             self.output.weight = self.embedding.weight
@@ -458,9 +452,7 @@ class LSTMDecoder(nn.Module):
         )
 
 
-def checked_lengths(
-    tokens: Tensor, lengths: Tensor | None, pad_index: int | None, *, shortest: int
-) -> Tensor:
+def checked_lengths(tokens: Tensor, lengths: Tensor | None, pad_index: int | None, *, shortest: int) -> Tensor:
     """Check a batch of sentences and give its lengths, counted from the padding when None.
 
     Args:
@@ -529,9 +521,7 @@ def _check_indices(vocab_size: int, **indices: int | None) -> None:
             raise ValueError(f"{name}: expected a token in [0, {vocab_size}), got {index}")
 
 
-def _check_modules(
-    embedding: nn.Embedding, lstm: nn.LSTM, output: nn.Linear, initial_state: nn.Linear | None
-) -> int:
+def _check_modules(embedding: nn.Embedding, lstm: nn.LSTM, output: nn.Linear, initial_state: nn.Linear | None) -> int:
     kinds: dict[str, tuple[nn.Module | None, type[nn.Module]]] = {
         "embedding": (embedding, nn.Embedding),
         "lstm": (lstm, nn.LSTM),

@@ -125,8 +125,7 @@ def test_streaming_gives_what_the_corpus_holds(path, vocabulary):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ranks_share_a_stream_equally(path, vocabulary, world_size):
     shares = [
-        rows(StreamingTextCorpus(path, vocabulary, rank=rank, world_size=world_size))
-        for rank in range(world_size)
+        rows(StreamingTextCorpus(path, vocabulary, rank=rank, world_size=world_size)) for rank in range(world_size)
     ]
     assert {len(share) for share in shares} == {61 // world_size}
     interleaved = [sentence for group in zip(*shares, strict=True) for sentence in group]

@@ -140,9 +140,7 @@ def test_recursion_has_the_entropy_of_a_geometric_distribution():
     assert nested.log_prob("( ( x )") == -math.inf
 
 
-@pytest.mark.parametrize(
-    "text", ["", "the", "the cat", "cat sleeps", "the cat sleeps sleeps", "the bear sleeps", "?"]
-)
+@pytest.mark.parametrize("text", ["", "the", "the cat", "cat sleeps", "the cat sleeps sleeps", "the bear sleeps", "?"])
 def test_strings_outside_the_language_have_no_probability(text):
     assert Grammar(ANIMALS, "sentence").log_prob(text) == -math.inf
 

@@ -115,9 +115,7 @@ def test_large_logits_and_masked_words(device: str, monkeypatch: pytest.MonkeyPa
     bias[:128] = float("-inf")  # whole blocks of the vocabulary
     target[:] = 200
     losses, _, grads = _kernels(hidden, weight, bias, target, torch.ones(7, device=device))
-    exact = F.cross_entropy(
-        F.linear(hidden.double(), weight.double(), bias.double()), target, reduction="none"
-    )
+    exact = F.cross_entropy(F.linear(hidden.double(), weight.double(), bias.double()), target, reduction="none")
     torch.testing.assert_close(losses.double(), exact, rtol=1e-5, atol=1e-3)
     assert all(g.isfinite().all() for g in grads)
     assert (grads[1][:128] == 0).all()
@@ -149,9 +147,7 @@ def test_no_rows(device: str) -> None:
 
 def test_float64_is_refused(device: str) -> None:
     hidden, weight, _, target = _operands((2, 3, 4), torch.float64, device)
-    with pytest.raises(
-        TypeError, match=r"^hidden: expected float32, bfloat16 or float16, got torch\.float64$"
-    ):
+    with pytest.raises(TypeError, match=r"^hidden: expected float32, bfloat16 or float16, got torch\.float64$"):
         cross_entropy.forward(hidden, weight, None, target, IGNORED)
 
 

@@ -78,9 +78,7 @@ def test_matches_float64(
         expected = dtype if name in ("z", "grad_mean", "grad_log_var") else torch.float32
         assert mine.dtype == expected, name
         # The interpreter cuts float32 to bfloat16 where a GPU rounds: one unit, not half of one.
-        assert_within_budget(
-            name, mine, truth, peer.to(mine.dtype), rounding=8 if mine.dtype.itemsize == 4 else 1
-        )
+        assert_within_budget(name, mine, truth, peer.to(mine.dtype), rounding=8 if mine.dtype.itemsize == 4 else 1)
 
 
 @pytest.mark.usefixtures("poison")

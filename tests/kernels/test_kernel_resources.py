@@ -30,9 +30,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_every_kernel_is_compiled(compiled: dict[str, Any]) -> None:
     written = {
-        name
-        for path in KERNELS.glob("*.py")
-        for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.M)
+        name for path in KERNELS.glob("*.py") for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.M)
     }
     assert len(written) > 5
     for architecture in (80, 90):

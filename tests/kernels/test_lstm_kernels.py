@@ -48,9 +48,7 @@ class _Problem:
             h, c, steps = h0[b : b + 1], c0[b : b + 1], []
             for t in range(length):
                 x = embedding[words[b, t] : words[b, t] + 1]
-                h, c = torch.lstm_cell(
-                    x, (h, c), weight_input, weight_hh, static[b], torch.zeros_like(static[b])
-                )
+                h, c = torch.lstm_cell(x, (h, c), weight_input, weight_hh, static[b], torch.zeros_like(static[b]))
                 steps.append(h)
             padding = h0.new_zeros(self.tokens.shape[1] - length, h0.shape[1])
             outputs.append((torch.cat([*steps, padding]), h[0], c[0]))
@@ -170,7 +168,5 @@ def test_repeats_bit_for_bit(device: str) -> None:
 
 
 def test_float64_is_refused(device: str) -> None:
-    with pytest.raises(
-        TypeError, match=r"^embedding: expected float32, bfloat16 or float16, got torch\.float64$"
-    ):
+    with pytest.raises(TypeError, match=r"^embedding: expected float32, bfloat16 or float16, got torch\.float64$"):
         _Problem((2, 3, 4, 5, 6), torch.float64).kernels(device)

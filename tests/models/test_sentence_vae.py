@@ -242,9 +242,7 @@ def test_interpolation_ends_are_reconstructions():
 
 def test_samples_follow_their_generator():
     model = make_model()
-    draws = [
-        model.sample(8, max_length=6, generator=torch.Generator().manual_seed(value)) for value in (1, 1, 2)
-    ]
+    draws = [model.sample(8, max_length=6, generator=torch.Generator().manual_seed(value)) for value in (1, 1, 2)]
     assert draws[0][0].shape[0] == len(draws[0][1]) == 8
     assert torch.equal(draws[0][0], draws[1][0])
     assert draws[0][0].shape != draws[2][0].shape or not torch.equal(draws[0][0], draws[2][0])

@@ -66,9 +66,7 @@ def test_a_sentence_does_not_depend_on_its_batch(strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_log_probs_are_those_of_forward(strategy):
     decoder, z = make_decoder(), latents(12)
-    tokens, lengths, log_probs = decoder.generate(
-        z, 8, strategy, temperature=0.7, top_p=0.9, return_log_probs=True
-    )
+    tokens, lengths, log_probs = decoder.generate(z, 8, strategy, temperature=0.7, top_p=0.9, return_log_probs=True)
     assert log_probs.shape == tokens.shape
     sentences = torch.cat([torch.full((12, 1), BOS), tokens], 1)
     torch.testing.assert_close(-log_probs.sum(1), decoder(sentences, z, lengths + 1))
@@ -131,9 +129,7 @@ def test_wide_beam_finds_what_exhaustive_search_finds(seed, length_penalty):
 
 def test_length_penalty_favours_longer_sentences():
     decoder, z = make_decoder(), latents(30)
-    short, long = (
-        decoder.generate(z, 10, "beam", length_penalty=penalty)[1].double().mean() for penalty in (0.0, 2.0)
-    )
+    short, long = (decoder.generate(z, 10, "beam", length_penalty=penalty)[1].double().mean() for penalty in (0.0, 2.0))
     assert long > short
 
 
@@ -154,10 +150,7 @@ def test_wider_beams_find_likelier_sentences_on_average():
 
 def test_sampling_follows_its_generator():
     decoder, z = make_decoder(sharpness=1.0, end_bias=0.0), latents(20)
-    draws = [
-        decoder.generate(z, 8, "sample", generator=torch.Generator().manual_seed(seed))[0]
-        for seed in (1, 1, 2)
-    ]
+    draws = [decoder.generate(z, 8, "sample", generator=torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
 
