@@ -1,0 +1,505 @@
+"""The `fastvae` command: demo, train, evaluate, sample, reconstruct, interpolate, info.
+
+Only what a command needs is imported, inside it: `fastvae info` runs on torch and numpy alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fastvae.training.config import (
+    KL_SCHEDULES,
+    LR_SCHEDULES,
+    PRECISIONS,
+    TrainConfig,
+    read_yaml,
+    setting_type,
+)
+
+if TYPE_CHECKING:
+    from fastvae.data import Vocabulary
+    from fastvae.models import SentenceVAE
+
+USER_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+_SETTINGS: dict[str, dict[str, str]] = {
+    "data": {
+        "data": "corpus name (assistant, ptb), folder with train.txt, valid.txt and test.txt, or text file, "
+        "one sentence a line",
+        "valid": "validation text; by default the corpus's own, or each 19th of 20 sentences of a file",
+        "vocab_size": "most words kept, special tokens included",
+        "min_count": "rarer words become <unk>",
+        "max_length": "cut longer training sentences to this many words; 0: keep them whole",
+        "streaming": "read the training file as it goes, for files larger than memory (needs --valid)",
+        "workers": "processes that prepare batches",
+    },
+    "model": {
+        "embed_dim": "size of the word embeddings",
+        "hidden_size": "size of the LSTM states",
+        "latent_dim": "size of z",
+        "word_dropout": "probability that the decoder reads <unk> instead of a word",
+        "dropout": "probability of dropping an entry of the LSTM states",
+        "tie_weights": "use the decoder's embedding as its output layer",
+        "share_embedding": "use one embedding for encoder and decoder",
+    },
+    "loss": {
+        "kl_schedule": "course of the KL weight",
+        "kl_weight": "final weight of the KL",
+        "kl_start": "first weight of the KL (linear, cyclical)",
+        "kl_steps": "steps from the first to the final weight, or of a cycle; 0: a third of the run",
+        "free_bits": "nats of KL of each latent dimension that cost nothing",
+    },
+    "optimization": {
+        "batch_size": "sentences a step, over all devices",
+        "max_tokens": "tokens a step, padding counted, instead of a fixed batch size; 0: unused",
+        "epochs": "passes over the data",
+        "max_minutes": "stop after this long; 0: no limit",
+        "lr": "learning rate of Adam",
+        "lr_schedule": "course of the learning rate over the run",
+        "clip": "largest norm of the gradient",
+        "patience": "stop after so many epochs without a better validation -ELBO; 0: never",
+        "seed": "of everything random",
+        "precision": "of the arithmetic",
+    },
+    "run": {
+        "out": "folder of the run",
+        "accelerator": "cpu, gpu or auto",
+        "devices": "processes, one a device, that share each batch (DDP)",
+        "log_every": "steps between two rows of metrics.csv",
+        "checkpoint_every": "steps between two checkpoints within an epoch; 0: after each epoch only",
+    },
+}
+_CHOICES = {"kl_schedule": KL_SCHEDULES, "lr_schedule": LR_SCHEDULES, "precision": PRECISIONS}
+_TRAIN_PACKAGES = {"lightning": "lightning", "rich": "rich", "matplotlib": "matplotlib", "yaml": "pyyaml"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the arguments; those of the process when None.
+
+    Returns:
+        The exit code: 0, 2 for a mistake of the user's (told in one line), 130 after Ctrl-C.
+    """
+    parser, commands = _parsers()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _reject(commands[arguments.command], unknown[0])
+    try:
+        return arguments.run(arguments)
+    except BrokenPipeError:  # the reader, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("fastvae: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as error:
+        message = _message(error)
+        if message is None or arguments.traceback or os.environ.get("FASTVAE_TRACEBACK", "0") not in ("", "0"):
+            raise
+        print(f"fastvae: error: {message}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _message(error: Exception) -> str | None:
+    """Return the line to show for an error, None where it is no fault of the user's."""
+    if isinstance(error, ModuleNotFoundError):
+        package = _TRAIN_PACKAGES.get((error.name or "").partition(".")[0])
+        return package and f"this command needs {package}, which is not installed: pip install 'fastvae[train]'"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as all errors of this command are told."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"fastvae: error: {message} (see {self.prog} --help)\n")
+
+
+def _reject(parser: argparse.ArgumentParser, argument: str) -> NoReturn:
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    close = difflib.get_close_matches(argument.partition("=")[0], flags, n=1)
+    parser.error(f"unknown argument {argument!r}" + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(
+        prog="fastvae",
+        description="Train and use variational auto-encoders for sentences.",
+        epilog="Begin with `fastvae demo` (under 3 minutes), then `fastvae train --help`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands: dict[str, _Parser] = {}
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], summary: str, text: str) -> _Parser:
+        command = subparsers.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_argument("--traceback", action="store_true", help="show where an error comes from")
+        command.set_defaults(run=run)
+        commands[name] = command
+        return command
+
+    _add_demo(add("demo", _demo, "learn a small language and show what was learnt", _DEMO_HELP))
+    _add_train(add("train", _train, "train a sentence VAE on text", _TRAIN_HELP))
+    _add_evaluate(add("evaluate", _evaluate, "measure a trained model on text, in nats", _EVALUATE_HELP))
+    _add_sample(add("sample", _sample, "write new sentences from the prior", _SAMPLE_HELP))
+    _add_reconstruct(
+        add("reconstruct", _reconstruct, "write sentences again from their latent vector", _RECONSTRUCT_HELP)
+    )
+    _add_interpolate(add("interpolate", _interpolate, "write sentences between two sentences", _INTERPOLATE_HELP))
+    add("info", _info, "show versions, and what computes each operation here", _INFO_HELP)
+    return parser, commands
+
+
+def _version() -> str:
+    from fastvae import __version__
+
+    return f"fastvae {__version__}"
+
+
+# train
+
+_TRAIN_HELP = """\
+examples:
+  fastvae train --data sentences.txt --out run
+  fastvae train --data ptb --word-dropout 0.25 --kl-schedule linear --kl-steps 4000 --epochs 4
+  fastvae train --config settings.yaml --lr 5e-4      flags override the file
+  fastvae train --out run --resume                    continue after Ctrl-C or a crash
+  fastvae train --data big.txt --streaming --valid valid.txt --kl-steps 10000 --devices 2
+
+The run's folder holds config.yaml, vocabulary.txt, checkpoints/last.ckpt and best.ckpt (lowest validation
+-ELBO), metrics.csv, curves.png, samples.txt and tensorboard/. All losses are in nats; validation never weighs
+the KL. If the KL falls to 0, the decoder ignores z: try slower annealing (--kl-steps), --word-dropout 0.3 or
+--free-bits 0.1.
+"""
+
+
+def _add_train(parser: _Parser) -> None:
+    parser.usage = "fastvae train --data NAME|PATH [--out FOLDER] [--config FILE] [--resume] [settings]"
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, named as the flags, - as _")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
+    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    defaults = {name: field.default for name, field in TrainConfig.__dataclass_fields__.items()}
+    for title, settings in _SETTINGS.items():
+        group = parser.add_argument_group(title)
+        for name, text in settings.items():
+            kind = setting_type(name)
+            flag = "--" + name.replace("_", "-")
+            options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
+            if name not in ("data", "valid"):
+                options["help"] += f" [{defaults[name]}]"
+            if kind is bool:
+                group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            elif name in _CHOICES:
+                group.add_argument(flag, choices=_CHOICES[name], **options)
+            else:
+                group.add_argument(flag, type=kind, metavar=_METAVARS.get(name, kind.__name__.upper()), **options)
+
+
+_METAVARS = {"data": "NAME|PATH", "valid": "FILE", "out": "FOLDER", "accelerator": "NAME"}
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    flags = {name: value for name, value in vars(arguments).items() if name in TrainConfig.__dataclass_fields__}
+    settings: dict[str, Any] = read_yaml(arguments.config) if arguments.config else {}
+    settings |= flags
+    if arguments.resume:
+        out = settings.get("out", TrainConfig.out)
+        settings = read_yaml(os.path.join(out, "config.yaml")) | settings | {"out": out}
+    config = TrainConfig.from_mapping(settings)
+
+    from fastvae.training.run import train
+
+    result = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
+    if not result.is_main:
+        return 0  # a launcher takes anything else from a helper process for a crash
+    if result.interrupted:
+        print(f"stopped at step {result.steps}; continue with: fastvae train --out {result.folder} --resume")
+        return INTERRUPTED
+    print(f"best validation -ELBO {result.best_neg_elbo:.3f} nats a sentence after {result.steps} steps")
+    print(f"curves: {result.folder / 'curves.png'}   samples: {result.folder / 'samples.txt'}")
+    print(f"next: fastvae evaluate {result.folder}")
+    return 0
+
+
+# evaluate
+
+_EVALUATE_HELP = """\
+examples:
+  fastvae evaluate run                                the test part of the data the run was trained on
+  fastvae evaluate run --split valid --iw-samples 500
+  fastvae evaluate run --data other.txt --out other.json
+
+-ELBO = NLL + KL with one sample of z a sentence, never weighted. The importance-weighted NLL is a tighter
+bound on -log p(x). PPL = exp(total nats / predicted tokens), </s> counted. A latent dimension is active where
+the variance of its posterior mean over the sentences is above 0.01.
+"""
+
+
+def _add_evaluate(parser: _Parser) -> None:
+    _add_run(parser)
+    parser.add_argument("--data", metavar="NAME|PATH", help="text to measure on [that of the run]")
+    parser.add_argument(
+        "--split", choices=("train", "valid", "test", "all"), help="part of it [test; all of a new file]"
+    )
+    parser.add_argument(
+        "--iw-samples",
+        type=int,
+        default=100,
+        metavar="K",
+        help="samples of z for the importance-weighted NLL, 0: none [100]",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, metavar="INT", help="sentences at a time [32]")
+    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of the samples [0]")
+    parser.add_argument("--out", metavar="FILE", help="JSON to write [RUN/evaluation_SPLIT.json]")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fastvae.data import TextCorpus, load_text
+    from fastvae.training.batches import ordered_batches
+    from fastvae.training.metrics import evaluate
+
+    if arguments.iw_samples < 0:
+        raise ValueError(f"--iw-samples must be at least 0, got {arguments.iw_samples}")
+    model, vocabulary, config = _load(arguments)
+    data = arguments.data or config["data"]
+    split = arguments.split or ("all" if arguments.data and Path(data).is_file() else "test")
+    corpus = TextCorpus(load_text(data, split), vocabulary)
+    result = evaluate(
+        model,
+        ordered_batches(corpus, arguments.batch_size),
+        iw_samples=arguments.iw_samples,
+        seed=arguments.seed,
+        data=str(data),
+        split=split,
+    )
+    rows = [
+        ("-ELBO", f"{result.neg_elbo:.4f}", "nats a sentence"),
+        ("  NLL", f"{result.nll:.4f}", ""),
+        ("  KL", f"{result.kl:.4f}", ""),
+        ("PPL", f"{result.ppl:.4f}", "a predicted token, from -ELBO"),
+    ]
+    if result.iw_nll is not None and result.iw_ppl is not None:
+        rows.append(("IW-NLL", f"{result.iw_nll:.4f}", f"nats a sentence, {result.iw_samples} samples"))
+        rows.append(("IW-PPL", f"{result.iw_ppl:.4f}", ""))
+    rows.append(("active units", f"{result.active_units} of {result.latent_dim}", ""))
+    limit = f"nats, from {result.mutual_information_sentences} sentences"
+    rows.append(("I(z;x)", f"{result.mutual_information:.4f}", limit))
+    print(f"{data} ({split}): {result.sentences:,} sentences, {result.tokens:,} predicted tokens")
+    for name, value, unit in rows:
+        print(f"{name:<14}{value:>12}  {unit}".rstrip())
+    out = Path(arguments.out) if arguments.out else Path(arguments.folder) / f"evaluation_{split}.json"
+    result.save(out)
+    print(f"written to {out}")
+    return 0
+
+
+# sample, reconstruct, interpolate
+
+_SAMPLE_HELP = """\
+examples:
+  fastvae sample run -n 20
+  fastvae sample run --strategy greedy                one likeliest sentence for each z
+  fastvae sample run --temperature 0.7 --top-p 0.9    safer words
+"""
+_RECONSTRUCT_HELP = """\
+examples:
+  fastvae reconstruct run "play some jazz in the kitchen"
+  fastvae reconstruct run --strategy beam < sentences.txt
+
+Prints one line for each sentence, in order: written from the posterior mean, greedily unless told otherwise.
+"""
+_INTERPOLATE_HELP = """\
+examples:
+  fastvae interpolate run "play some jazz" "where is the nearest cafe" --steps 7
+"""
+
+
+def _add_run(parser: _Parser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="folder of a run, as written by `fastvae train`")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="[best]")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... [cuda where there is one]")
+
+
+def _add_decoding(parser: _Parser, strategy: str) -> None:
+    parser.add_argument("--strategy", choices=("greedy", "sample", "beam"), default=strategy, help=f"[{strategy}]")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of strategy sample [1.0]")
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw among the k likeliest words, 0: all [0]"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw among the words that hold this probability [1.0]",
+    )
+    parser.add_argument("--beam-size", type=int, default=5, metavar="INT", help="of strategy beam [5]")
+    parser.add_argument("--max-length", type=int, default=60, metavar="INT", help="most words a sentence [60]")
+    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of everything random [0]")
+
+
+def _decoding(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("strategy", "temperature", "top_k", "top_p", "beam_size", "max_length")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _add_sample(parser: _Parser) -> None:
+    _add_run(parser)
+    parser.add_argument("-n", "--count", type=int, default=10, metavar="INT", help="how many [10]")
+    _add_decoding(parser, "sample")
+
+
+def _add_reconstruct(parser: _Parser) -> None:
+    _add_run(parser)
+    parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="[read from standard input, one a line]")
+    _add_decoding(parser, "greedy")
+
+
+def _add_interpolate(parser: _Parser) -> None:
+    _add_run(parser)
+    parser.add_argument("first", metavar="FIRST", help="the sentence to start from")
+    parser.add_argument("last", metavar="LAST", help="the sentence to arrive at")
+    parser.add_argument("--steps", type=int, default=7, metavar="INT", help="sentences, both ends included [7]")
+    _add_decoding(parser, "greedy")
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from fastvae.training.text import sample_sentences
+
+    model, vocabulary, _ = _load(arguments)
+    for sentence in sample_sentences(model, vocabulary, arguments.count, seed=arguments.seed, **_decoding(arguments)):
+        print(sentence)
+    return 0
+
+
+def _reconstruct(arguments: argparse.Namespace) -> int:
+    from fastvae.training.text import reconstruct_sentences
+
+    model, vocabulary, _ = _load(arguments)
+    sentences = arguments.sentences or [line for line in map(str.strip, sys.stdin) if line]
+    if not sentences:
+        raise ValueError("there is no sentence: give some as arguments or on standard input")
+    for sentence in reconstruct_sentences(model, vocabulary, sentences, seed=arguments.seed, **_decoding(arguments)):
+        print(sentence)
+    return 0
+
+
+def _interpolate(arguments: argparse.Namespace) -> int:
+    from fastvae.training.text import interpolate_sentences
+
+    model, vocabulary, _ = _load(arguments)
+    for sentence in interpolate_sentences(
+        model,
+        vocabulary,
+        arguments.first,
+        arguments.last,
+        arguments.steps,
+        seed=arguments.seed,
+        **_decoding(arguments),
+    ):
+        print(sentence)
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> tuple[SentenceVAE, Vocabulary, dict[str, Any]]:
+    import torch
+
+    from fastvae.training.checkpoint import load_run
+
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return load_run(arguments.folder, which=arguments.checkpoint, device=device)
+
+
+# demo
+
+_DEMO_HELP = """\
+Trains a small sentence VAE on an embedded corpus, requests to the assistant of a car drawn from a grammar of
+known entropy: no model's -ELBO can be lower, so the table shows how much is left to learn. Then it
+reconstructs, interpolates and samples, and leaves a run's folder for the other commands.
+
+examples:
+  fastvae demo
+  fastvae sample runs/demo -n 5
+"""
+
+
+def _add_demo(parser: _Parser) -> None:
+    parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="folder of the run, replaced [runs/demo]")
+    parser.add_argument("--seconds", type=float, default=140.0, metavar="S", help="most time spent training [140]")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model for a few steps: shows the way, learns little"
+    )
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from fastvae.training.demo import demo
+
+    return INTERRUPTED if demo(arguments.out, seconds=arguments.seconds, quick=arguments.quick) else 0
+
+
+# info
+
+_INFO_HELP = """\
+Each operation has a C++ version for CPUs, a Triton version for GPUs and a PyTorch version for all else.
+"""
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    from fastvae.ops import backend
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    packages = ("fastvae", "torch", "numpy", "triton", "lightning", "rich", "matplotlib", "pyyaml")
+    lines = [("python", platform.python_version()), *((name, version(name)) for name in packages)]
+    lines.append(("machine", f"{platform.system()} {platform.machine()}"))
+    lines.append(("instruction set", backend.cpu_isa() or "none: the C++ core is missing"))
+    lines.append(("threads", str(torch.get_num_threads())))
+    cuda = torch.cuda.is_available()
+    lines.append(("CUDA device", torch.cuda.get_device_name() if cuda else "none"))
+    lines.append(("FASTVAE_DATA", os.environ.get("FASTVAE_DATA") or "not set (only needed for --data ptb)"))
+    for name, value in lines:
+        print(f"{name:<18}{value}")
+    rows = backend.describe()
+    widths = [max(len(str(row[i])) for row in [("op", "device", "backend"), *rows]) for i in range(3)]
+    print()
+    for op, device, served_by, reason in [("op", "device", "backend", "why"), *rows]:
+        print(f"{op:<{widths[0]}}  {device:<{widths[1]}}  {served_by:<{widths[2]}}  {reason}".rstrip())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

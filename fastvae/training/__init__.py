@@ -1,0 +1,44 @@
+"""Training, evaluation and runs on disk. Names are imported when first used: only `train` needs Lightning."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastvae.training.checkpoint import load_run
+    from fastvae.training.config import TrainConfig
+    from fastvae.training.datamodule import TextDataModule
+    from fastvae.training.metrics import Evaluation, evaluate
+    from fastvae.training.module import SentenceVAEModule
+    from fastvae.training.run import TrainResult, train
+    from fastvae.training.schedules import make_schedule
+
+__all__ = [
+    "Evaluation",
+    "SentenceVAEModule",
+    "TextDataModule",
+    "TrainConfig",
+    "TrainResult",
+    "evaluate",
+    "load_run",
+    "make_schedule",
+    "train",
+]
+_HOMES = {
+    "Evaluation": "metrics",
+    "SentenceVAEModule": "module",
+    "TextDataModule": "datamodule",
+    "TrainConfig": "config",
+    "TrainResult": "run",
+    "evaluate": "metrics",
+    "load_run": "checkpoint",
+    "make_schedule": "schedules",
+    "train": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,242 @@
+"""Lightning callbacks of a run: metrics, checkpoints, Ctrl-C, the time limit and the progress bar."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from fastvae.training.checkpoint import read_checkpoint, replace_atomically
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from rich.progress import Progress
+
+    from fastvae.data import TextBatch
+
+MONITOR = "valid/neg_elbo"
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """Training stopped on request after saving the last checkpoint."""
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes a checkpoint so that the previous one survives a full disk or a crash in the middle."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint, making its folder."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        replace_atomically(path, lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint on the CPU; tensors and plain types only, whatever is asked."""
+        return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete a checkpoint."""
+        Path(path).unlink(missing_ok=True)
+
+
+class RunCheckpoints(Checkpoint):
+    """Keeps checkpoints/last.ckpt and checkpoints/best.ckpt (lowest validation -ELBO), and stops on Ctrl-C.
+
+    `last` is written after each epoch's validation, every `every` steps, and when a stop is requested. The
+    first Ctrl-C lets the step finish, saves and raises `Interrupted`; a second one stops at once without
+    saving. A `Checkpoint` to Lightning, whose hook at the end of an epoch runs after the module's.
+
+    Args:
+        folder: where the two files go.
+        every: steps between checkpoints within an epoch; 0 for none.
+    """
+
+    def __init__(self, folder: str | Path, every: int = 0) -> None:
+        self.last = Path(folder) / "last.ckpt"
+        self.best = Path(folder) / "best.ckpt"
+        self.every = every
+        self.best_neg_elbo = math.inf
+        self._previous_handler: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best -ELBO so far."""
+        return {"best_neg_elbo": self.best_neg_elbo}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best -ELBO."""
+        self.best_neg_elbo = state_dict["best_neg_elbo"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Listen for Ctrl-C."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python delivers signals to the main thread only
+
+        def request_stop(number: int, frame: FrameType | None) -> None:
+            if pl_module.stop_requested:
+                raise KeyboardInterrupt
+            pl_module.stop_requested = True
+            if trainer.is_global_zero:
+                print("\nstopping after this step; press Ctrl-C again to stop without saving", file=sys.stderr)
+
+        self._previous_handler = signal.signal(signal.SIGINT, request_stop)
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Hand Ctrl-C back."""
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGINT, self._previous_handler)
+            self._previous_handler = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: TextBatch, batch_idx: int
+    ) -> None:
+        """Save within an epoch where it is due."""
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # the end of the epoch saves, after its validation
+        if pl_module.stopping:
+            trainer.save_checkpoint(self.last)
+            raise Interrupted
+        if self.every and pl_module.global_step % self.every == 0:
+            trainer.save_checkpoint(self.last)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Save the epoch, and keep it as the best where it is."""
+        neg_elbo = float(trainer.callback_metrics[MONITOR])
+        improved = neg_elbo < self.best_neg_elbo
+        if improved:
+            self.best_neg_elbo = neg_elbo
+            trainer.save_checkpoint(self.best)
+        trainer.save_checkpoint(self.last)
+        if pl_module.stopping:
+            raise Interrupted
+
+
+class StepMetrics(Callback):
+    """Writes rows of metrics before checkpoints are saved, which is before the module's own hook."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: TextBatch, batch_idx: int
+    ) -> None:
+        """Write a row where it is due."""
+        pl_module.write_step()
+
+
+class TimeLimit(Callback):
+    """Ends training, after a validation, when a time has passed.
+
+    Args:
+        minutes: the limit, from the start of the (resumed) training.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = 60 * minutes
+        self._start = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Start the clock."""
+        self._start = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: TextBatch, batch_idx: int
+    ) -> None:
+        """Ask for the end where the time is over; the first process decides for all."""
+        over = time.monotonic() - self._start > self.seconds
+        if trainer.strategy.broadcast(over):
+            trainer.should_stop = True
+
+
+class TrainingProgress(Callback):
+    """A rich progress bar with tokens a second, -ELBO and KL, and one line an epoch that stays.
+
+    Args:
+        refresh: seconds between two updates, each of which waits for the device.
+    """
+
+    def __init__(self, refresh: float = 0.25) -> None:
+        self.refresh = refresh
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._tokens: torch.Tensor | int = 0
+        self._shown = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Open the bar."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if not trainer.is_global_zero:
+            return
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("[bold]epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._progress.start()
+        parameters = sum(parameter.numel() for parameter in pl_module.parameters())
+        words = pl_module.model.config["vocab_size"]
+        self._print(f"{parameters:,} parameters, {words:,} words, on {pl_module.device} x {trainer.world_size}")
+
+    def _print(self, line: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(line, highlight=False, soft_wrap=True)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Start the epoch's bar."""
+        if self._progress is None:
+            return
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        batches = trainer.num_training_batches
+        total = int(batches) if math.isfinite(batches) else None
+        self._task = self._progress.add_task("", total=total, epoch=trainer.current_epoch + 1, figures="")
+        self._tokens, self._shown = 0, time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: TextBatch, batch_idx: int
+    ) -> None:
+        """Advance the bar."""
+        if self._progress is None or self._progress.disable:
+            return
+        if self._task is None:  # resumed within an epoch
+            self.on_train_epoch_start(trainer, pl_module)
+        self._tokens = self._tokens + (batch.lengths - 1).sum()
+        now = time.monotonic()
+        if now - self._shown < self.refresh:
+            return
+        speed = int(self._tokens) * trainer.world_size / (now - self._shown)
+        recent = pl_module.recent()
+        figures = f"{speed:,.0f} tokens/s  -ELBO {recent['neg_elbo']:.2f}  KL {recent['kl']:.2f}"
+        self._progress.update(self._task, completed=batch_idx + 1, figures=figures)
+        self._tokens, self._shown = 0, now
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Print the epoch's line."""
+        if self._progress is None or trainer.sanity_checking:
+            return
+        figures = {name: float(trainer.callback_metrics[f"valid/{name}"]) for name in ("neg_elbo", "nll", "kl", "ppl")}
+        self._print(
+            f"epoch {trainer.current_epoch + 1:>3}  step {trainer.global_step:>6}  valid  "
+            f"-ELBO {figures['neg_elbo']:.3f}  NLL {figures['nll']:.3f}  KL {figures['kl']:.3f}  "
+            f"PPL {figures['ppl']:.2f}  (KL weight {pl_module.kl_weight:.2f})"
+        )
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Close the bar."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+            self._task = None

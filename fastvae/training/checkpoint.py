@@ -1,0 +1,143 @@
+"""Files of a run that must survive a crash, and loading a run back; needs torch alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from fastvae.data import Vocabulary
+    from fastvae.models import SentenceVAE
+
+CHECKPOINTS = ("best", "last")
+_PREFIX = "model."  # of the model's tensors among those of the Lightning module
+
+
+def replace_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file so that after a crash at any moment either the old or the new content is there, whole.
+
+    Args:
+        path: the file; its folder must exist.
+        write: called with an open binary file beside it, which is flushed to disk and then renamed over
+            `path`.
+
+    Raises:
+        OSError: the new content could not be written (a full disk, say); the previous file is intact.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")  # one fixed name: what a killed process left is overwritten
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # torch reports a failed write as RuntimeError
+            raise OSError(f"could not write {path}: {error} (the previous file, if any, is intact)") from error
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened, and the rename is journalled
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoint_path(folder: str | Path, which: str = "best") -> Path:
+    """Return the path of a run's checkpoint.
+
+    Args:
+        folder: a run's folder.
+        which: "best" (lowest validation -ELBO) or "last".
+
+    Raises:
+        FileNotFoundError: the folder is not a run's, or holds no such checkpoint.
+        ValueError: `which` is neither.
+    """
+    folder = Path(folder)
+    if which not in CHECKPOINTS:
+        raise ValueError(f"which must be 'best' or 'last', got {which!r}")
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no run at {folder}: there is no such folder (train one: fastvae train --out {folder})"
+        )
+    path = folder / "checkpoints" / f"{which}.ckpt"
+    if not path.is_file():
+        other = [name for name in CHECKPOINTS if (path.parent / f"{name}.ckpt").is_file()]
+        hint = f"; there is a {other[0]!r} one (--checkpoint {other[0]})" if other else ""
+        raise FileNotFoundError(f"{folder} holds no {which!r} checkpoint: {path} is missing{hint}")
+    return path
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint on the CPU; only tensors and plain types are ever unpickled.
+
+    Raises:
+        ValueError: the file is corrupt, or not a checkpoint of this package.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can make the unpickler fail in any way
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"checkpoint {path} is corrupt or not a checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "model_config", "train_config"} <= checkpoint.keys():
+        raise ValueError(f"{path} is not a checkpoint of a fastvae run: its model or its settings are missing")
+    return checkpoint
+
+
+def load_run(
+    folder: str | Path, *, which: str = "best", device: str | torch.device = "cpu"
+) -> tuple[SentenceVAE, Vocabulary, dict[str, Any]]:
+    """Load a trained model with its vocabulary and settings.
+
+    Args:
+        folder: a run's folder, as written by `train`.
+        which: checkpoint "best" or "last".
+        device: where the model goes.
+
+    Returns:
+        The model in evaluation mode, its vocabulary, and the run's settings as a plain dict.
+
+    Raises:
+        FileNotFoundError: the folder, the checkpoint or vocabulary.txt is missing.
+        ValueError: the checkpoint is corrupt, or does not belong to the vocabulary beside it.
+    """
+    from fastvae.data import Vocabulary
+    from fastvae.models import SentenceVAE
+
+    path = checkpoint_path(folder, which)
+    words = Path(folder) / "vocabulary.txt"
+    if not words.is_file():
+        raise FileNotFoundError(f"{folder} holds no vocabulary: {words} is missing")
+    vocabulary = Vocabulary.load(words)
+    checkpoint = read_checkpoint(path)
+    model_config = checkpoint["model_config"]
+    if model_config["vocab_size"] != len(vocabulary):
+        raise ValueError(
+            f"{path} was trained with {model_config['vocab_size']} words but {words} holds "
+            f"{len(vocabulary)}: the files are from different runs"
+        )
+    model = SentenceVAE(**model_config)
+    tensors = {
+        name.removeprefix(_PREFIX): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(_PREFIX)
+    }
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit this version's SentenceVAE: {' '.join(str(error).split())}") from error
+    return model.to(device).eval(), vocabulary, checkpoint["train_config"]

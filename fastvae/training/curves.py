@@ -1,0 +1,60 @@
+"""Learning curves of a run as a PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastvae.training.checkpoint import replace_atomically
+
+_PANELS = (("neg_elbo", "-ELBO"), ("nll", "reconstruction NLL"), ("kl", "KL"))
+_UNIT = "nats / sentence"
+
+
+def plot_curves(rows: Sequence[dict[str, float]], path: str | Path, *, floor: float | None = None) -> Path:
+    """Plot -ELBO, NLL and KL of training and validation, and the weight of the KL, over the steps.
+
+    Args:
+        rows: what `read_metrics` returns.
+        path: PNG to write.
+        floor: entropy of the data in nats a sentence, drawn as a line beside the -ELBO; None draws none.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    import matplotlib
+
+    if not rows:
+        raise ValueError("rows must hold at least one row of metrics, got none")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"axes.grid": True, "grid.alpha": 0.3, "font.size": 9}):
+        figure = Figure(figsize=(10, 6.5), layout="constrained")
+        FigureCanvasAgg(figure)  # no window, no global state
+        axes = figure.subplots(2, 2, sharex=True).ravel()
+        for axis, (term, title) in zip(axes, _PANELS, strict=False):
+            _draw(axis, rows, f"train/{term}", "training", "tab:blue", "")
+            _draw(axis, rows, f"valid/{term}", "validation", "tab:orange", "o")
+            if term == "neg_elbo" and floor is not None:
+                axis.axhline(floor, color="black", linestyle="--", linewidth=1, label=f"entropy {floor:.2f}")
+            axis.set(title=title, ylabel=_UNIT)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend()
+        _draw(axes[3], rows, "kl_weight", "", "tab:green", "")
+        axes[3].set(title="weight of the KL", ylim=(-0.02, None))
+        for axis in axes[2:]:
+            axis.set_xlabel("optimizer step")
+        replace_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+    return Path(path)
+
+
+def _draw(axis: Any, rows: Sequence[dict[str, float]], key: str, label: str, color: str, marker: str) -> None:
+    points = [(row["step"], row[key]) for row in rows if key in row]
+    if points:
+        steps, values = zip(*points, strict=True)
+        axis.plot(steps, values, color=color, marker=marker, markersize=3, linewidth=1.2, label=label)

@@ -1,0 +1,248 @@
+"""What a sentence VAE is judged by, in nats: -ELBO, importance-weighted NLL, KL, PPL, active units, I(z;x).
+
+The batches are read once and nothing grows with their number: the active units come from running moments and
+the mutual information from a uniform sample of the posteriors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastvae.training.checkpoint import replace_atomically
+
+if TYPE_CHECKING:
+    from fastvae.data import TextBatch
+    from fastvae.models import SentenceVAE
+
+ACTIVE_VARIANCE = 0.01  # Burda et al. 2016
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of a model on a set of sentences, in nats a sentence unless said otherwise.
+
+    Args:
+        neg_elbo: nll + kl, never annealed, one sample of z a sentence.
+        nll: reconstruction term -E_q log p(x|z). kl: KL(q(z|x) || N(0, I)).
+        iw_nll: importance-weighted estimate of -log p(x) with iw_samples samples; None when not asked for.
+        ppl: exp(total -ELBO / predicted tokens). iw_ppl: the same from iw_nll.
+        active_units: latent dimensions whose posterior mean varies over the sentences, Var_x(mean_d) > 0.01.
+        latent_dim: how many there are.
+        mutual_information: estimate of I(z;x) under q from `mutual_information_sentences` posteriors, of
+            whose number it is at most the logarithm.
+        sentences, tokens: how many were evaluated; tokens are those predicted, </s> included.
+        data, split: what was evaluated. versions: of the software.
+    """
+
+    neg_elbo: float
+    nll: float
+    kl: float
+    ppl: float
+    iw_nll: float | None
+    iw_ppl: float | None
+    iw_samples: int
+    active_units: int
+    latent_dim: int
+    mutual_information: float
+    mutual_information_sentences: int
+    sentences: int
+    tokens: int
+    data: str = ""
+    split: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain types."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the figures as JSON, atomically."""
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        replace_atomically(path, lambda file: file.write(text.encode()))
+
+
+class RunningMoments:
+    """Mean and variance of each dimension over rows that come in batches (Chan et al. 1983), in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = torch.zeros(0, dtype=torch.float64)
+        self.squares = torch.zeros(0, dtype=torch.float64)
+
+    def update(self, rows: torch.Tensor) -> None:
+        """Add a batch of rows, shape (batch, dims)."""
+        rows = rows.to("cpu", torch.float64)
+        if not len(rows):
+            return
+        mean = rows.mean(0)
+        squares = (rows - mean).square().sum(0)
+        if self.count == 0:
+            self.count, self.mean, self.squares = len(rows), mean, squares
+            return
+        total = self.count + len(rows)
+        delta = mean - self.mean
+        self.squares = self.squares + squares + delta.square() * (self.count * len(rows) / total)
+        self.mean = self.mean + delta * (len(rows) / total)
+        self.count = total
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """The population variance of each dimension, shape (dims,)."""
+        return self.squares / max(self.count, 1)
+
+
+class PosteriorSample:
+    """A uniform sample of posteriors from a stream, of bounded size (reservoir sampling, Vitter 1985)."""
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        self.size = size
+        self.seen = 0
+        self.rows: list[torch.Tensor] = []
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def update(self, mean: torch.Tensor, log_var: torch.Tensor) -> None:
+        """Add a batch of posteriors, each of shape (batch, latent)."""
+        for row in torch.stack((mean, log_var), 1).to("cpu", torch.float64):
+            self.seen += 1
+            if len(self.rows) < self.size:
+                self.rows.append(row)
+                continue
+            place = int(torch.randint(self.seen, (), generator=self._generator))
+            if place < self.size:
+                self.rows[place] = row
+
+
+def mutual_information(mean: torch.Tensor, log_var: torch.Tensor, *, seed: int = 0, chunk: int = 256) -> float:
+    """Estimate I(z;x) = E_x KL(q(z|x) || q(z)) under the uniform distribution over the given posteriors.
+
+    One z is drawn from each posterior, and q(z) is the exact mixture of all of them, so the estimate is at
+    most log(sentences) up to noise: with a few thousand posteriors, values near 8 nats are a lower bound.
+
+    Args:
+        mean, log_var: posteriors, shape (sentences, latent).
+        seed: of the draws.
+        chunk: rows of the (sentences, sentences) matrix of densities held at a time.
+
+    Returns:
+        The estimate in nats; 0 for no sentences.
+
+    Source: Hoffman and Johnson 2016, "ELBO surgery".
+    """
+    mean, log_var = mean.double(), log_var.double()
+    count, latent = mean.shape
+    if count == 0:
+        return 0.0
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    z = mean + (0.5 * log_var).exp() * noise
+    own = -0.5 * (noise.square() + log_var + math.log(2 * math.pi)).sum(-1)
+    precision = (-log_var).exp()
+    # sum_d (z - m)^2 / v expanded, so that the largest tensor is (chunk, sentences) and not times latent
+    constant = (mean.square() * precision + log_var).sum(-1) + latent * math.log(2 * math.pi)
+    total = 0.0
+    for rows, own_rows in zip(z.split(chunk), own.split(chunk), strict=True):
+        squares = rows.square() @ precision.T - 2 * rows @ (mean * precision).T + constant
+        mixture = torch.logsumexp(-0.5 * squares, dim=1) - math.log(count)
+        total += float((own_rows - mixture).sum())
+    return total / count
+
+
+@torch.no_grad()
+def evaluate(
+    model: SentenceVAE,
+    batches: Iterable[TextBatch],
+    *,
+    iw_samples: int = 0,
+    iw_chunk: int = 50,
+    mutual_information_sentences: int = 2048,
+    seed: int = 0,
+    data: str = "",
+    split: str = "",
+) -> Evaluation:
+    """Evaluate a sentence VAE on batches of sentences, each counted once and the KL never weighted.
+
+    Args:
+        model: the model; it is evaluated with dropout off and left as it was.
+        batches: TextBatch (tokens (batch, time) int64, lengths (batch,) int64).
+        iw_samples: samples of z a sentence for the importance-weighted NLL; 0 leaves it out.
+        iw_chunk: how many of them are decoded at once.
+        mutual_information_sentences: posteriors kept for the estimate of I(z;x).
+        seed: of every draw; the same seed gives the same figures.
+        data, split: written into the result as they are.
+
+    Returns:
+        The figures, in nats.
+
+    Raises:
+        ValueError: there are no sentences, or the model gives a figure that is not finite.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    sums = torch.zeros(4, dtype=torch.float64)  # nll, kl, iw_nll, tokens
+    sentences = 0
+    moments, posteriors = RunningMoments(), PosteriorSample(mutual_information_sentences, seed)
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            tokens, lengths = batch.tokens.to(device), batch.lengths.to(device)
+            output = model(tokens, lengths, generator=generator)
+            mean, log_var = model.encode(tokens, lengths)
+            sums[0] += output.nll.double().sum().cpu()
+            sums[1] += output.kl.double().sum().cpu()
+            sums[3] += output.tokens.sum().cpu()
+            if iw_samples:
+                iw_nll = model.importance_weighted_nll(
+                    tokens, lengths, num_samples=iw_samples, chunk=iw_chunk, generator=generator
+                )
+                sums[2] += iw_nll.double().sum().cpu()
+            sentences += len(tokens)
+            moments.update(mean)
+            posteriors.update(mean, log_var)
+    finally:
+        model.train(was_training)
+    if not sentences:
+        raise ValueError("there are no sentences to evaluate")
+    nll, kl, iw_total, tokens_total = sums.tolist()
+    for name, value in (("reconstruction NLL", nll), ("KL", kl), ("importance-weighted NLL", iw_total)):
+        if not math.isfinite(value):
+            raise ValueError(f"the {name} is {value}: the model's weights are damaged or training diverged")
+    kept = torch.stack(posteriors.rows)
+    return Evaluation(
+        neg_elbo=(nll + kl) / sentences,
+        nll=nll / sentences,
+        kl=kl / sentences,
+        ppl=perplexity(nll + kl, tokens_total),
+        iw_nll=iw_total / sentences if iw_samples else None,
+        iw_ppl=perplexity(iw_total, tokens_total) if iw_samples else None,
+        iw_samples=iw_samples,
+        active_units=int((moments.variance > ACTIVE_VARIANCE).sum()),
+        latent_dim=kept.shape[-1],
+        mutual_information=mutual_information(kept[:, 0], kept[:, 1], seed=seed),
+        mutual_information_sentences=len(kept),
+        sentences=sentences,
+        tokens=int(tokens_total),
+        data=data,
+        split=split,
+        versions=versions(),
+    )
+
+
+def perplexity(total_nats: float, tokens: float) -> float:
+    """Return exp(total nats / predicted tokens), infinite where that overflows."""
+    return math.exp(min(total_nats / max(tokens, 1.0), 709.0))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of fastvae, torch and Python."""
+    import platform
+
+    import fastvae
+
+    return {"fastvae": fastvae.__version__, "torch": torch.__version__, "python": platform.python_version()}

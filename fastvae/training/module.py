@@ -1,0 +1,260 @@
+"""The Lightning module that trains a sentence VAE."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from fastvae.models import SentenceVAE, SentenceVAEOutput
+from fastvae.training.config import TrainConfig
+from fastvae.training.metrics import perplexity
+from fastvae.training.schedules import Schedule, make_schedule
+
+if TYPE_CHECKING:
+    from fastvae.data import TextBatch
+
+_VALIDATION_SEED = 0x5EED  # the validation -ELBO of two epochs differs by the weights alone
+_CHECK_EVERY = 50  # steps between two looks at the losses where a look stalls the device
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A term of the loss became NaN or infinite; the message names the term and the step."""
+
+
+def kl_schedule(config: TrainConfig, total_steps: int) -> Schedule:
+    """Build the schedule of the KL weight from a run's settings.
+
+    Args:
+        config: uses kl_schedule, kl_start, kl_weight and kl_steps.
+        total_steps: optimizer steps of the run, a third of which stands for kl_steps = 0; -1 for unknown.
+
+    Raises:
+        ValueError: kl_steps is 0 and the length of the run is unknown, or kl_start with a logistic schedule.
+    """
+    if config.kl_schedule == "constant":
+        return make_schedule("constant", weight=config.kl_weight)
+    if not config.kl_steps and total_steps < 0:
+        raise ValueError("kl_steps must be given: the number of steps of a streamed epoch is unknown")
+    steps = config.kl_steps or max(1, total_steps // 3)
+    if config.kl_schedule == "linear":
+        return make_schedule("linear", start=config.kl_start, end=config.kl_weight, steps=steps)
+    if config.kl_schedule == "cyclical":
+        return make_schedule("cyclical", period=steps, start=config.kl_start, end=config.kl_weight)
+    if config.kl_start:
+        raise ValueError(f"kl_start must be 0 with a logistic kl_schedule, got {config.kl_start}")
+    # Bowman et al.'s k = 0.0025, x0 = 2500, rescaled to run from 0.002 to 0.998 in `steps`
+    sigmoid = make_schedule("logistic", k=12.5 / steps, x0=steps / 2)
+    return lambda step: config.kl_weight * sigmoid(step)
+
+
+class SentenceVAEModule(LightningModule):
+    """Training and validation of a `SentenceVAE`.
+
+    Everything logged is in nats and never annealed: nll, kl and neg_elbo a sentence, ppl a predicted token;
+    the weight of the KL is logged beside them. The random numbers of a step depend on the seed, the process
+    and the step alone, so a resumed run draws what the uninterrupted one would have drawn.
+
+    Args:
+        model: the model to train.
+        config: settings of the run.
+
+    Raises (from training):
+        NonFiniteLossError: the reconstruction NLL or the KL is NaN or infinite.
+    """
+
+    def __init__(self, model: SentenceVAE, config: TrainConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.stop_requested = False  # set by a signal handler of this process
+        self._stop_agreed = False
+        self._schedule: Schedule = make_schedule("constant", weight=config.kl_weight)
+        self._totals = torch.zeros(4, dtype=torch.float64)  # nll, kl, tokens, sentences of this epoch, all processes
+        self._recent = torch.zeros(4, dtype=torch.float64)  # of the last `log_every` steps
+        self._unchecked: list[tuple[int, Tensor]] = []
+        self._validation: Tensor | None = None
+        self._validation_generator: torch.Generator | None = None
+
+    # Training
+
+    def on_fit_start(self) -> None:
+        """Learn the length of the run."""
+        self._schedule = kl_schedule(self.config, self._total_steps())
+
+    def _total_steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        return int(steps) if math.isfinite(steps) else -1
+
+    @property
+    def kl_weight(self) -> float:
+        """The weight of the KL at the current step."""
+        return self._schedule(self.global_step)
+
+    def on_train_batch_start(self, batch: TextBatch, batch_idx: int) -> None:
+        """Seed the random numbers of this step."""
+        torch.manual_seed((self.config.seed * 1_000_003 + self.global_step) * 4_099 + self.global_rank)
+
+    def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
+        """Return the annealed loss of a batch.
+
+        A mean over this process's sentences: every process has as many of a global batch, so the mean over
+        processes that DDP takes of the gradients is the mean over the global batch.
+        """
+        output = self.model(batch.tokens, batch.lengths, kl_weight=self.kl_weight, free_bits=self.config.free_bits)
+        figures = _totals(output)
+        if self.trainer.world_size > 1:
+            figures = self._share(figures)
+        self._watch(figures)
+        self._totals = self._totals.to(figures.device) + figures
+        self._recent = self._recent.to(figures.device) + figures
+        loss: Tensor = output.loss
+        return loss
+
+    def _share(self, figures: Tensor) -> Tensor:
+        """Sum figures over processes and agree on stopping, in one message."""
+        request = figures.new_tensor([float(self.stop_requested)])
+        message = torch.cat([figures, request])
+        torch.distributed.all_reduce(message)
+        self._stop_agreed = bool(message[-1] > 0)
+        return message[:-1]
+
+    @property
+    def stopping(self) -> bool:
+        """Whether to stop after this step; all processes give the same answer."""
+        return self._stop_agreed if self.trainer.world_size > 1 else self.stop_requested
+
+    def _watch(self, figures: Tensor) -> None:
+        self._unchecked.append((self.global_step, figures[:2]))
+        if self.device.type == "cpu" or len(self._unchecked) >= _CHECK_EVERY:
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """Look at the losses of the steps since the last look.
+
+        Raises:
+            NonFiniteLossError: one of them is NaN or infinite.
+        """
+        if not self._unchecked:
+            return
+        values = torch.stack([figures for _, figures in self._unchecked]).tolist()
+        steps = [step for step, _ in self._unchecked]
+        self._unchecked.clear()
+        for step, (nll, kl) in zip(steps, values, strict=True):
+            for term, value in (("reconstruction NLL", nll), ("KL", kl)):
+                if not math.isfinite(value):
+                    raise NonFiniteLossError(
+                        f"the {term} became {value} at step {step}; training stopped and the last good "
+                        "checkpoint is kept. Try a smaller --lr or --clip, or --precision 32"
+                    )
+
+    def write_step(self) -> None:
+        """Write a row of metrics every `log_every` steps."""
+        if self.global_step % self.config.log_every:
+            return
+        values = {f"train/{name}": value for name, value in averages(self._recent).items()}
+        self._recent = torch.zeros_like(self._recent)
+        self._write(values)
+
+    def on_train_epoch_end(self) -> None:
+        """Write the epoch's training averages."""
+        values = {f"train_epoch/{name}": value for name, value in averages(self._totals).items()}
+        self._totals = torch.zeros_like(self._totals)
+        self._write(values)
+
+    def recent(self) -> dict[str, float]:
+        """Averages over the steps since the last row of metrics (waits for the device)."""
+        return averages(self._recent if self._recent[3] > 0 else self._totals)
+
+    def _write(self, values: dict[str, float]) -> None:
+        optimizer = self.trainer.optimizers[0]
+        values = values | {
+            "kl_weight": self.kl_weight,
+            "lr": optimizer.param_groups[0]["lr"],
+            "epoch": float(self.current_epoch),
+        }
+        for logger in self.trainer.loggers:
+            logger.log_metrics(values, step=self.global_step)
+
+    # Validation
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums and the draws of z anew."""
+        self._validation = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self._validation_generator = torch.Generator(self.device).manual_seed(_VALIDATION_SEED + self.global_rank)
+
+    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
+        """Add the un-annealed terms of a batch."""
+        assert self._validation is not None
+        output = self.model(batch.tokens, batch.lengths, generator=self._validation_generator)
+        self._validation += _totals(output)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation averages over all processes."""
+        assert self._validation is not None
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(self._validation)
+        values = {f"valid/{name}": value for name, value in averages(self._validation).items()}
+        self.log_dict(values, logger=False)  # for early stopping and the choice of the best checkpoint
+        self._write(values)
+
+    # Optimizer and checkpoint
+
+    def configure_optimizers(self) -> Any:
+        """Adam, with the learning rate of `lr_schedule`."""
+        fused = self.config.precision == "32"  # Lightning does not clip for a fused step in mixed precision
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.config.lr, fused=fused)
+        if self.config.lr_schedule == "constant":
+            return optimizer
+        total = self._total_steps()
+        if total < 0:
+            raise ValueError(f"lr_schedule {self.config.lr_schedule!r} needs an epoch of known length, not streaming")
+        cosine = self.config.lr_schedule == "cosine"
+
+        def factor(step: int) -> float:
+            done = min(step / total, 1.0)
+            return 0.5 * (1 + math.cos(math.pi * done)) if cosine else 1.0 - done
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what `load_run` and a resumed run need."""
+        self.check_finite()  # never overwrite a good checkpoint with a damaged one
+        checkpoint["model_config"] = dict(self.model.config)
+        checkpoint["train_config"] = self.config.to_dict()
+        checkpoint["epoch_totals"] = torch.stack([self._totals, self._recent]).cpu()
+        checkpoint["position"] = self._position()
+
+    def _position(self) -> dict[str, int]:
+        """Return the epochs done, and the batches done of the one that is running."""
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
+        within = epochs.started > epochs.processed
+        batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        batch = batches.processed if within else 0
+        return {"epoch": epochs.processed, "batch": batch, "step": self.global_step}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the running sums of an interrupted epoch."""
+        self._totals, self._recent = checkpoint["epoch_totals"].clone()
+
+
+def _totals(output: SentenceVAEOutput) -> Tensor:
+    """Sum nll, kl, tokens and sentences over a batch, float64 (4,)."""
+    terms = torch.stack([output.nll.detach().double(), output.kl.detach().double(), output.tokens.double()])
+    return torch.cat([terms.sum(1), terms.new_tensor([float(terms.size(1))])])
+
+
+def averages(totals: Tensor) -> dict[str, float]:
+    """Turn sums of (nll, kl, tokens, sentences) into nats a sentence and perplexity."""
+    nll, kl, tokens, sentences = totals.tolist()
+    count = max(sentences, 1.0)
+    return {
+        "neg_elbo": (nll + kl) / count,
+        "nll": nll / count,
+        "kl": kl / count,
+        "ppl": perplexity(nll + kl, tokens),
+    }

@@ -1,0 +1,266 @@
+"""`train`: from settings to a run's folder with checkpoints, metrics, curves and samples."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from fastvae.data import Vocabulary
+from fastvae.models import SentenceVAE
+from fastvae.training.callbacks import (
+    MONITOR,
+    AtomicCheckpointIO,
+    Interrupted,
+    RunCheckpoints,
+    StepMetrics,
+    TimeLimit,
+    TrainingProgress,
+)
+from fastvae.training.checkpoint import checkpoint_path, load_run, read_checkpoint, replace_atomically
+from fastvae.training.config import TrainConfig, write_yaml
+from fastvae.training.curves import plot_curves
+from fastvae.training.datamodule import TextDataModule
+from fastvae.training.metrics_file import MetricsFile, read_metrics
+from fastvae.training.module import SentenceVAEModule
+from fastvae.training.text import reconstruct_sentences, sample_sentences
+
+# What a resumed run may set anew; all else is fixed by the checkpoint or by the position in the data.
+_CHANGEABLE = frozenset(
+    (
+        "out",
+        "epochs",
+        "max_minutes",
+        "patience",
+        "workers",
+        "precision",
+        "accelerator",
+        "devices",
+        "log_every",
+        "checkpoint_every",
+    )
+)
+_QUIET = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Args:
+        folder: the run's folder.
+        steps: optimizer steps done, earlier parts of a resumed run included.
+        best_neg_elbo: lowest validation -ELBO, nats a sentence; infinite before the first validation.
+        interrupted: the run was stopped by Ctrl-C and can be resumed.
+        seconds: time spent training in this call.
+        is_main: this is the process that writes files and prints (the only one, unless devices > 1).
+    """
+
+    folder: Path
+    steps: int
+    best_neg_elbo: float
+    interrupted: bool
+    seconds: float
+    is_main: bool
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    vocabulary: Vocabulary | None = None,
+    floor: float | None = None,
+) -> TrainResult:
+    """Train a sentence VAE and keep everything about it in the folder `config.out`.
+
+    The folder then holds config.yaml, vocabulary.txt, checkpoints/last.ckpt and best.ckpt, metrics.csv,
+    curves.png, samples.txt and, where TensorBoard is installed, tensorboard/.
+
+    Args:
+        config: the settings.
+        resume: continue the run in the folder from checkpoints/last.ckpt, as if it had never stopped.
+        overwrite: start anew in a folder that holds a run.
+        vocabulary: the words; when None, built from the training text, or read from the run that is resumed.
+        floor: entropy of the data in nats a sentence, drawn in the curves.
+
+    Returns:
+        How it ended. Ctrl-C ends it cleanly after saving; a second Ctrl-C raises KeyboardInterrupt.
+
+    Raises:
+        FileExistsError: the folder holds a run, and neither `resume` nor `overwrite` is set.
+        FileNotFoundError, ValueError: nothing to resume, settings that do not fit the run, missing or
+        unusable text.
+        NonFiniteLossError: the loss became NaN or infinite.
+        OSError: a file could not be written.
+    """
+    folder = Path(config.out)
+    checkpoint = _checkpoint_to_resume(config) if resume else None
+    position = checkpoint["position"] if checkpoint else {"epoch": 0, "batch": 0, "step": 0}
+    data = TextDataModule(
+        config,
+        Vocabulary.load(folder / "vocabulary.txt") if resume else vocabulary,
+        start_epoch=position["epoch"],
+        start_batch=position["batch"],
+    )
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        _prepare_folder(folder, fresh=not resume, overwrite=overwrite)
+        write_yaml(config, folder / "config.yaml")
+        if not resume:
+            data.vocabulary.save(folder / "vocabulary.txt")
+    torch.manual_seed(config.seed)
+    module = SentenceVAEModule(build_model(config, data.vocabulary), config)
+    checkpoints = RunCheckpoints(folder / "checkpoints", config.checkpoint_every)
+    start = time.monotonic()
+    interrupted = False
+    with _quiet_lightning():
+        trainer = _trainer(config, checkpoints, position["step"] if resume else None)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoints.last if resume else None)
+        except Interrupted:
+            interrupted = True
+        except SystemExit as error:  # what Lightning makes of a KeyboardInterrupt
+            raise KeyboardInterrupt from error
+    seconds = time.monotonic() - start
+    if trainer.is_global_zero:
+        _summarize(folder, data, floor=floor, seed=config.seed)
+    return TrainResult(
+        folder, module.global_step, checkpoints.best_neg_elbo, interrupted, seconds, trainer.is_global_zero
+    )
+
+
+def build_model(config: TrainConfig, vocabulary: Vocabulary) -> SentenceVAE:
+    """Build the untrained model of a run."""
+    return SentenceVAE(
+        len(vocabulary),
+        embed_dim=config.embed_dim,
+        hidden_size=config.hidden_size,
+        latent_dim=config.latent_dim,
+        word_dropout=config.word_dropout,
+        dropout=config.dropout,
+        tie_weights=config.tie_weights,
+        share_embedding=config.share_embedding,
+        pad_index=vocabulary.pad_index,
+        bos_index=vocabulary.bos_index,
+        eos_index=vocabulary.eos_index,
+        unk_index=vocabulary.unk_index,
+    )
+
+
+def _checkpoint_to_resume(config: TrainConfig) -> dict[str, Any]:
+    checkpoint = read_checkpoint(checkpoint_path(config.out, "last"))
+    before, now = checkpoint["train_config"], config.to_dict()
+    for name, value in now.items():
+        if name not in _CHANGEABLE and before[name] != value:
+            raise ValueError(
+                f"{name} cannot change when a run is resumed: it was {before[name]!r}, got {value!r}; "
+                f"these can: {', '.join(sorted(_CHANGEABLE - {'out'}))}"
+            )
+    if checkpoint["position"]["epoch"] >= config.epochs:
+        raise ValueError(f"{config.out} has been trained for all of its {config.epochs} epochs: give more (--epochs)")
+    return checkpoint
+
+
+def _prepare_folder(folder: Path, *, fresh: bool, overwrite: bool) -> None:
+    last = folder / "checkpoints" / "last.ckpt"
+    if fresh and last.exists() and not overwrite:
+        raise FileExistsError(
+            f"{folder} already holds a run: continue it with --resume, or choose another folder with --out"
+        )
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if fresh:
+        for path in (last, last.with_name("best.ckpt"), folder / "metrics.csv"):
+            path.unlink(missing_ok=True)
+
+
+def _trainer(config: TrainConfig, checkpoints: RunCheckpoints, resume_step: int | None) -> Trainer:
+    folder = Path(config.out)
+    callbacks: list[Callback] = [TrainingProgress(), StepMetrics(), checkpoints]
+    if config.max_minutes:
+        callbacks.append(TimeLimit(config.max_minutes))
+    if config.patience:
+        callbacks.append(EarlyStopping(MONITOR, patience=config.patience, mode="min"))
+    loggers: list[Logger] = [MetricsFile(folder / "metrics.csv", resume_step)]
+    if importlib.util.find_spec("tensorboard"):
+        loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+    try:
+        return Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            strategy="ddp" if config.devices > 1 else "auto",
+            precision=config.precision,  # type: ignore[arg-type]
+            max_epochs=config.epochs,
+            gradient_clip_val=config.clip,
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=folder,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # the batches are shared out already
+            reload_dataloaders_every_n_epochs=1,
+        )
+    except MisconfigurationException as error:  # a device or a precision this machine has not
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's tips, device lists and worry about worker processes off the screen."""
+    loggers = [logging.getLogger(name) for name in _QUIET]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\..*")
+            warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _summarize(folder: Path, data: TextDataModule, *, floor: float | None, seed: int) -> None:
+    metrics = folder / "metrics.csv"
+    rows = read_metrics(metrics) if metrics.is_file() else []
+    if rows:
+        plot_curves(rows, folder / "curves.png", floor=floor)
+    if not (folder / "checkpoints" / "best.ckpt").is_file():
+        return  # stopped before the first validation
+    model, vocabulary, _ = load_run(folder)
+    text = samples_text(model, vocabulary, [data.valid[i] for i in range(min(10, len(data.valid)))], seed=seed)
+    replace_atomically(folder / "samples.txt", lambda file: file.write(text.encode()))
+
+
+def samples_text(model: SentenceVAE, vocabulary: Vocabulary, sentences: list[torch.Tensor], *, seed: int = 0) -> str:
+    """Return samples from the prior and reconstructions of sentences, as readable text.
+
+    Args:
+        model: in evaluation mode.
+        vocabulary: of the model.
+        sentences: 1-D int64 tensors.
+        seed: of the samples.
+    """
+    lines = ["Samples from the prior:"]
+    lines += [f"  {sentence}" for sentence in sample_sentences(model, vocabulary, 20, seed=seed)]
+    originals = [vocabulary.decode(sentence) for sentence in sentences]
+    lines += ["", "Validation sentences and their reconstructions from the mean of z:"]
+    for original, copy in zip(originals, reconstruct_sentences(model, vocabulary, originals), strict=True):
+        lines += [f"  {original}", f"    -> {copy}"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,264 @@
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastvae import cli
+from fastvae.cli import main
+from fastvae.data import Vocabulary
+from fastvae.models import SentenceVAE
+
+SIZES = [
+    "--embed-dim",
+    "8",
+    "--hidden-size",
+    "10",
+    "--latent-dim",
+    "3",
+    "--batch-size",
+    "8",
+    "--accelerator",
+    "cpu",
+]
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"play song {'again ' * (n % 3)}{'now' if n % 2 else 'later'}" for n in range(60)))
+    return path
+
+
+@pytest.fixture
+def run_folder(tmp_path, text_file):
+    """A run's folder with an untrained model, made without the packages of training."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    vocabulary = Vocabulary(["play", "song", "again", "now", "later"])
+    vocabulary.save(folder / "vocabulary.txt")
+    torch.manual_seed(0)
+    model = SentenceVAE(len(vocabulary), embed_dim=4, hidden_size=5, latent_dim=3)
+    with torch.no_grad():
+        model.decoder.output.weight.mul_(8)  # of different opinions on different z
+    checkpoint = {
+        "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
+        "model_config": model.config,
+        "train_config": {"data": str(text_file)},
+    }
+    torch.save(checkpoint, folder / "checkpoints" / "best.ckpt")
+    return folder
+
+
+def fails(capsys, *argv):
+    """Run a command that must fail as a mistake of the user's, and return its one line."""
+    try:
+        code = main(argv)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    shown = capsys.readouterr()
+    assert code == 2
+    assert shown.out == ""
+    line = shown.err.removesuffix("\n")
+    assert "\n" not in line, line
+    assert line.startswith("fastvae: error: ")
+    return line
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "sample", "reconstruct", "interpolate", "info"])
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--traceback" in text
+    if command != "info":
+        assert f"examples:\n  fastvae {command}" in text
+
+
+def test_every_setting_has_a_flag_with_its_default():
+    settings = [name for group in cli._SETTINGS.values() for name in group]
+    assert sorted(settings) == sorted(cli.TrainConfig.__dataclass_fields__)
+
+
+def test_info_names_versions_and_backends(capsys):
+    from fastvae.ops import backend
+
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert torch.__version__ in text
+    for row in backend.describe():
+        assert row.op in text
+        assert row.reason in text
+
+
+def test_info_needs_torch_and_numpy_only():
+    program = (
+        "import sys\n"
+        "for name in ('lightning', 'rich', 'yaml', 'matplotlib', 'tensorboard'): sys.modules[name] = None\n"
+        "from fastvae.cli import main\n"
+        "sys.exit(main(['info']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "instruction set" in done.stdout
+
+
+def test_missing_packages_are_named_with_the_remedy(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    line = fails(capsys, "train", "--config", str(tmp_path / "c.yaml"))
+    assert line.endswith("this command needs pyyaml, which is not installed: pip install 'fastvae[train]'")
+
+
+def test_mistakes_of_the_command_line(capsys):
+    assert "did you mean --hidden-size?" in fails(capsys, "train", "--data", "x", "--hiden-size", "3")
+    assert "invalid int value: 'many'" in fails(capsys, "train", "--data", "x", "--epochs", "many")
+    assert "invalid choice: 'trian'" in fails(capsys, "trian")
+    assert "data is missing" in fails(capsys, "train")
+    assert "epochs must be at least 1, got 0" in fails(capsys, "train", "--data", "x", "--epochs", "0")
+
+
+def test_mistakes_of_a_settings_file(capsys, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("data: x\nlatent_dims: 3\n")
+    assert "unknown setting 'latent_dims'; did you mean 'latent_dim'?" in fails(capsys, "train", "--config", str(path))
+    assert "no settings file at" in fails(capsys, "train", "--config", str(tmp_path / "absent.yaml"))
+
+
+def test_missing_files_and_runs(capsys, tmp_path, run_folder):
+    pytest.importorskip("lightning")
+    assert "nowhere.txt" in fails(
+        capsys, "train", "--data", str(tmp_path / "nowhere.txt"), "--out", str(tmp_path / "o")
+    )
+    assert "no run at" in fails(capsys, "sample", str(tmp_path / "absent"))
+    assert "--checkpoint best" in fails(capsys, "sample", str(run_folder), "--checkpoint", "last")
+    (run_folder / "checkpoints" / "best.ckpt").write_bytes(b"junk")
+    assert "best.ckpt is corrupt" in fails(capsys, "evaluate", str(run_folder))
+    assert "--device 'gpu7' cannot be used here" in fails(capsys, "sample", str(run_folder), "--device", "gpu7")
+
+
+def test_traceback_on_request(capsys, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError):
+        main(["sample", str(tmp_path / "absent"), "--traceback"])
+    monkeypatch.setenv("FASTVAE_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["sample", str(tmp_path / "absent")])
+
+
+def test_faults_of_the_program_are_not_hidden(monkeypatch, run_folder):
+    def fault(*arguments, **options):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("fastvae.training.text.sample_sentences", fault)
+    with pytest.raises(TypeError, match="a bug"):
+        main(["sample", str(run_folder)])
+
+
+def test_ctrl_c_has_the_exit_code_of_shells(monkeypatch, run_folder, capsys):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastvae.training.text.sample_sentences", interrupt)
+    assert main(["sample", str(run_folder)]) == 130
+    assert capsys.readouterr().err == "fastvae: interrupted\n"
+
+
+def test_sample(run_folder, capsys):
+    assert main(["sample", str(run_folder), "-n", "5", "--max-length", "6"]) == 0
+    first = capsys.readouterr().out
+    assert len(first.splitlines()) == 5
+    assert set(first.split()) <= {"play", "song", "again", "now", "later", "<unk>"}
+    main(["sample", str(run_folder), "-n", "5", "--max-length", "6"])
+    assert capsys.readouterr().out == first
+    main(["sample", str(run_folder), "-n", "5", "--max-length", "6", "--seed", "1"])
+    assert capsys.readouterr().out != first
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "sample", "beam"])
+def test_reconstruct_from_arguments_and_from_standard_input(run_folder, capsys, monkeypatch, strategy):
+    options = ["--max-length", "5", "--strategy", strategy]
+    assert main(["reconstruct", str(run_folder), "play song now", "again", *options]) == 0
+    from_arguments = capsys.readouterr().out
+    assert len(from_arguments.splitlines()) == 2
+    monkeypatch.setattr("sys.stdin", io.StringIO("play song now\n\n  again\n"))
+    assert main(["reconstruct", str(run_folder), *options]) == 0
+    assert capsys.readouterr().out == from_arguments
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert "no sentence" in fails(capsys, "reconstruct", str(run_folder))
+
+
+def test_interpolate_begins_and_ends_at_the_reconstructions(run_folder, capsys):
+    ends = ["play song now", "again again again"]
+    main(["reconstruct", str(run_folder), *ends, "--max-length", "5"])
+    reconstructions = capsys.readouterr().out.splitlines()
+    assert main(["interpolate", str(run_folder), *ends, "--steps", "4", "--max-length", "5"]) == 0
+    between = capsys.readouterr().out.splitlines()
+    assert len(between) == 4
+    assert [between[0], between[-1]] == reconstructions
+    assert "steps" in fails(capsys, "interpolate", str(run_folder), *ends, "--steps", "1")
+
+
+def test_evaluate_prints_and_writes_json(run_folder, capsys, tmp_path, text_file):
+    assert main(["evaluate", str(run_folder), "--iw-samples", "4"]) == 0
+    shown = capsys.readouterr().out
+    written = json.loads((run_folder / "evaluation_test.json").read_text())
+    assert written["split"] == "test"
+    assert written["sentences"] == 3  # each 20th of 60
+    assert f"{written['neg_elbo']:.4f}" in shown
+    assert f"{written['iw_nll']:.4f}" in shown
+    out = tmp_path / "other.json"
+    assert main(["evaluate", str(run_folder), "--data", str(text_file), "--iw-samples", "0", "--out", str(out)]) == 0
+    written = json.loads(out.read_text())
+    assert (written["split"], written["sentences"], written["iw_nll"]) == ("all", 60, None)
+    assert "IW-NLL" not in capsys.readouterr().out.splitlines()[5]
+
+
+def test_train_takes_a_file_then_flags_and_resumes(tmp_path, text_file, capsys):
+    pytest.importorskip("lightning")
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"data: {text_file}\nepochs: 7\nlr: 1e-2\nword_dropout: 0.1\n")
+    out = tmp_path / "trained"
+    assert main(["train", "--config", str(settings), "--epochs", "1", "--out", str(out), *SIZES]) == 0
+    assert "best validation -ELBO" in capsys.readouterr().out
+    from fastvae.training.config import read_yaml
+
+    kept = read_yaml(out / "config.yaml")
+    assert (kept["epochs"], kept["lr"], kept["hidden_size"]) == (1, 0.01, 10)
+    assert "already holds a run" in fails_last_line(capsys, "train", "--data", str(text_file), "--out", str(out))
+    assert main(["train", "--out", str(out), "--resume", "--epochs", "2"]) == 0
+    assert read_yaml(out / "config.yaml")["epochs"] == 2
+    capsys.readouterr()
+    assert "lr cannot change" in fails_last_line(
+        capsys, "train", "--out", str(out), "--resume", "--lr", "1", "--epochs", "3"
+    )
+    for command in (["sample", str(out), "-n", "2"], ["evaluate", str(out), "--split", "valid"]):
+        assert main(command) == 0
+
+
+def fails_last_line(capsys, *argv):
+    assert main(argv) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_demo_shows_what_it_promises(tmp_path, capsys):
+    for package in ("lightning", "rich", "matplotlib", "yaml"):
+        pytest.importorskip(package)
+    out = tmp_path / "demo"
+    assert main(["demo", "--quick", "--seconds", "3", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    for word in (
+        "entropy",
+        "true model",
+        "-ELBO",
+        "KL",
+        "active units",
+        "Held-out",
+        "From one",
+        "New sentences",
+    ):
+        assert word in text, word
+    assert str(out / "curves.png") in text.replace("\n", "")
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((out / "evaluation_test.json").read_text())["neg_elbo"] > 16

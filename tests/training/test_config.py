@@ -1,0 +1,68 @@
+import pytest
+
+from fastvae.training.config import TrainConfig, read_yaml, write_yaml
+
+pytest.importorskip("yaml")
+
+
+def test_yaml_round_trip(tmp_path):
+    config = TrainConfig(data="a.txt", valid="b.txt", lr=3e-5, tie_weights=True, patience=3)
+    write_yaml(config, tmp_path / "config.yaml")
+    assert TrainConfig.from_mapping(read_yaml(tmp_path / "config.yaml")) == config
+
+
+def test_yaml_numbers_that_yaml_reads_as_strings(tmp_path):
+    (tmp_path / "c.yaml").write_text("lr: 1e-4\nprecision: 32\nfree_bits: 1\n")
+    assert read_yaml(tmp_path / "c.yaml") == {"lr": 1e-4, "precision": "32", "free_bits": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hiden_size: 3", "c.yaml: unknown setting 'hiden_size'; did you mean 'hidden_size'?"),
+        ("epochs: many", "c.yaml: epochs must be int, got 'many'"),
+        ("epochs: 1.5", "epochs must be int, got 1.5"),
+        ("epochs: true", "epochs must be int, got True"),
+        ("lr: fast", "lr must be float, got 'fast'"),
+        ("tie_weights: 1", "tie_weights must be bool, got 1"),
+        ("data: 7", "data must be str, got 7"),
+        ("- 1", "must hold `name: value` lines, got a list"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_yaml_mistakes_are_named(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"c\.yaml") as error:
+        read_yaml(tmp_path / "c.yaml")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_yaml(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.yaml"):
+        read_yaml(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"word_dropout": 1.0}, r"word_dropout must be in \[0, 1\), got 1.0"),
+        ({"lr": float("nan")}, "lr must be positive and finite, got nan"),
+        ({"kl_weight": float("nan")}, "kl_weight must be at least 0, got nan"),
+        ({"kl_schedule": "sudden"}, "kl_schedule must be one of constant, .*, got 'sudden'"),
+        (
+            {"tie_weights": True, "embed_dim": 8},
+            "tie_weights needs embed_dim equal to hidden_size, got 8 and 256",
+        ),
+        ({"streaming": True}, "streaming needs a validation file"),
+    ],
+)
+def test_values_out_of_range_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(data="a.txt", **changes)
+
+
+def test_data_is_required():
+    with pytest.raises(ValueError, match="data is missing"):
+        TrainConfig.from_mapping({"epochs": 3})
