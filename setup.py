@@ -19,15 +19,13 @@ class CMakeBuild(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # One folder per interpreter and build environment: an isolated build's pybind11 is gone afterwards, and
-        # a cache that still points at it would break the next build.
         build = Path(self.build_temp).resolve() / "cmake"
         configure = [
             "cmake",
             "-S", str(ROOT / "csrc"),
             "-B", str(build),
             "-G", "Ninja",
-            "--fresh",
+            "--fresh",  # an isolated build's pybind11 is gone afterwards, and a cache would still point at it
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",

@@ -40,9 +40,10 @@ void block(const CrossEntropyBlock &b) {
         sum += e;
         x[v] = e;
       }
-      log_sum = maximum + log(sum);
+      const T log_of_sum = sum == sum ? log(sum) : sum;  // log does not keep NaN
+      log_sum = maximum + log_of_sum;
       // Subtracting the maximum first keeps a small loss's digits when the logits are large.
-      losses[row] = log(sum) - (target_logit - maximum);
+      losses[row] = log_of_sum - (target_logit - maximum);
       lse[row] = log_sum;
       inverse = T(1) / sum;
     }

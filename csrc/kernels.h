@@ -9,8 +9,9 @@ namespace fastvae {
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
 // Gaussian sampling + KL. mean, log_var, their gradients: (rows, latent) of `dtype`; z and grad_z: (samples, rows,
-// latent) of `dtype`; kl and grad_kl: (rows) or, without sum_latent, (rows, latent) of the compute type. The prior is of
-// the compute type with prior_rows rows: 0 (standard normal), 1 (shared) or `rows`. Null grad_z or grad_kl mean zero.
+// latent) of `dtype`; kl and grad_kl: (rows) or, without sum_latent, (rows, latent) of the compute type. The prior is
+// of the compute type with prior_rows rows: 0 (standard normal), 1 (shared) or `rows`. Null grad_z or grad_kl mean
+// zero.
 struct Gaussian {
   DType dtype;
   const void *mean, *log_var, *prior_mean, *prior_log_var;
@@ -53,15 +54,15 @@ struct LSTMPlan {
 struct LSTMForward {
   bool is_double;
   LSTMPlan plan;
-  void *gates;                           // (total, 4 hidden): in, the input's share; out, activated i, f, g, o
-  const void *static_gates;              // (batch, 4 hidden), by sequence
-  const void *h0, *c0;                   // (batch, hidden), by sequence
-  const void *weight_hh;                 // (4 hidden, hidden)
-  void *cells;                           // (total, hidden)
-  void *hidden;                          // (batch, time, hidden), zero in the padding
-  void *h_n, *c_n;                       // (batch, hidden), by sequence
-  void *states, *sorted_h0;              // scratch, (total, hidden) and (batch, hidden)
-  void *packed_weight;                   // scratch, (hidden, 4, hidden rounded up to a multiple of 16)
+  void *gates;               // (total, 4 hidden): in, the input's share; out, activated i, f, g, o
+  const void *static_gates;  // (batch, 4 hidden), by sequence
+  const void *h0, *c0;       // (batch, hidden), by sequence
+  const void *weight_hh;     // (4 hidden, hidden)
+  void *cells;               // (total, hidden)
+  void *hidden;              // (batch, time, hidden), zero in the padding
+  void *h_n, *c_n;           // (batch, hidden), by sequence
+  void *states, *sorted_h0;  // scratch, (total, hidden) and (batch, hidden)
+  void *packed_weight;       // scratch, (hidden, 4, hidden rounded up to a multiple of 16)
 };
 struct LSTMBackward {
   bool is_double;

@@ -1,9 +1,10 @@
 // The LSTM recurrence over packed sequences, forward and backward (fastvae/ops/lstm.py holds the definition).
 //
 // A step multiplies the active sequences' states (rows) by the packed recurrent weight; the gates are the epilogue, so
-// that a step is one pass. Threads own hidden units: each packs, multiplies and activates its own, and one barrier ends
-// a step. FLOPs per token: 8 hidden^2 forward, 8 hidden^2 backward (the weight's gradient is one product outside). The
-// weight, 16 hidden^2 bytes, is read once a step: it should stay in the second-level caches (hidden <= 512 or so).
+// that a step is one pass. Threads share out the sequences where the batch is large and the weight fits a second-level
+// cache: they then never wait for each other. Otherwise they share out the hidden units, with a barrier after each
+// step. FLOPs per token: 8 hidden^2 forward, 8 hidden^2 backward (the weight's gradient is one product outside). The
+// weight, 16 hidden^2 bytes, is read once a step by each thread that owns sequences, once by all that own units.
 #include "gemm.h"
 #include "philox.h"
 
@@ -32,7 +33,25 @@ FASTVAE_INLINE Range my_share(int64_t count) {
   return {count * me / threads, count * (me + 1) / threads};
 }
 
-constexpr int64_t kGrainFlops = 200'000;  // of one step; below, a barrier costs more than a second thread brings
+constexpr int64_t kGrainFlops = 200'000;  // of one step; below, a second thread costs more than it brings
+constexpr int64_t kCachedWeightBytes = 2 << 20;
+constexpr int64_t kSequencesPerThread = 8;  // fewer leave the product's tiles half empty
+
+// A thread's part of every step: blocks of hidden units, and each `stride`-th rank from `rank` on. Ranks are sorted by
+// length, so that dealing them out in turn gives threads equal work.
+struct Part {
+  Range blocks;
+  int64_t rank, stride;
+  bool by_sequence;
+  int64_t ranks(int64_t active) const { return active > rank ? (active - rank + stride - 1) / stride : 0; }
+};
+FASTVAE_INLINE Part my_part(const LSTMPlan &plan, int64_t blocks, int64_t weight_bytes) {
+  const int64_t threads = thread_count();
+  if (weight_bytes <= kCachedWeightBytes && plan.batch >= kSequencesPerThread * threads) {
+    return {{0, blocks}, thread_index(), threads, true};
+  }
+  return {my_share(blocks), 0, 1, false};
+}
 
 template <typename T>
 void forward(const LSTMForward &f) {
@@ -66,19 +85,21 @@ void forward(const LSTMForward &f) {
     }
     barrier();
 
+    const Part part = my_part(plan, blocks, G * H * int64_t(sizeof(T)));
     for (int64_t t = 0; t < plan.time && plan.active[t] > 0; ++t) {
-      const T *previous_h = t == 0 ? first_h : states + plan.start[t - 1] * H;
+      const T *previous_h = (t == 0 ? first_h : states + plan.start[t - 1] * H) + part.rank * H;
       const int64_t start = plan.start[t];
-      for (int64_t block = mine.first; block < mine.last; ++block) {
+      for (int64_t block = part.blocks.first; block < part.blocks.last; ++block) {
         const int64_t unit = block * W, valid = min<int64_t>(W, H - unit);
         multiply_packed<T, 4>(
-            plan.active[t], H, previous_h, H, packed_weight + block * H * 4 * W,
-            [&](int64_t first_rank, int count, const T *__restrict product) {
+            part.ranks(plan.active[t]), H, previous_h, part.stride * H, packed_weight + block * H * 4 * W,
+            [&](int64_t first, int count, const T *__restrict product) {
               for (int r = 0; r < count; ++r, product += 4 * W) {
-                const int64_t rank = first_rank + r, row = start + rank, sequence = plan.order[rank];
+                const int64_t rank = part.rank + (first + r) * part.stride;
+                const int64_t row = start + rank, sequence = plan.order[rank];
                 const T *__restrict extra = static_gates + sequence * G + unit;
-                const T *__restrict previous_c =
-                    (t == 0 ? c0 + sequence * H : cells + (plan.start[t - 1] + rank) * H) + unit;
+                const T *__restrict previous_c = (t == 0 ? c0 + sequence * H : cells + (plan.start[t - 1] + rank) * H) +
+                                                 unit;
                 T *__restrict gate = gates + row * G + unit;
                 T *__restrict cell = cells + row * H + unit;
                 T *__restrict state = states + row * H + unit;
@@ -99,8 +120,9 @@ void forward(const LSTMForward &f) {
               }
             });
       }
-      barrier();
+      if (!part.by_sequence) barrier();
     }
+    if (part.by_sequence) barrier();
 
     for (int64_t rank = sequences.first; rank < sequences.last; ++rank) {
       const int64_t b = plan.order[rank], length = plan.lengths[b];
@@ -147,13 +169,15 @@ void backward(const LSTMBackward &f) {
         }
       }
     }
+    barrier();
+    const Part part = my_part(plan, blocks, G * H * int64_t(sizeof(T)));
     // Step -1 makes the gradient of h0. A sequence enters, with its gradient of h_n, at its last step: its rank is
     // then not yet active in the step after.
     for (int64_t t = plan.time - 1; t >= -1; --t) {
       const int64_t active = t < 0 ? B : plan.active[t];
       const int64_t flowing = t + 1 < plan.time ? plan.active[t + 1] : 0;  // these have a step after
-      const T *next_gates = flowing > 0 ? grad_gates + plan.start[t + 1] * G : grad_gates;
-      for (int64_t block = mine.first; block < mine.last; ++block) {
+      const T *next_gates = flowing > 0 ? grad_gates + (plan.start[t + 1] + part.rank) * G : grad_gates;
+      for (int64_t block = part.blocks.first; block < part.blocks.last; ++block) {
         const int64_t unit = block * W, valid = min<int64_t>(W, H - unit);
         const auto step = [&](int64_t rank, const T *__restrict product) {
           const int64_t sequence = plan.order[rank];
@@ -163,8 +187,7 @@ void backward(const LSTMBackward &f) {
             return;
           }
           const int64_t row = plan.start[t] + rank;
-          const T *__restrict previous_c =
-              (t == 0 ? c0 + sequence * H : cells + (plan.start[t - 1] + rank) * H) + unit;
+          const T *__restrict previous_c = (t == 0 ? c0 + sequence * H : cells + (plan.start[t - 1] + rank) * H) + unit;
           const T *__restrict gate = gates + row * G + unit, *__restrict cell = cells + row * H + unit;
           const T *__restrict from_output = grad_states + row * H + unit;
           T *__restrict dc = grad_c + sequence * H + unit;
@@ -185,13 +208,16 @@ void backward(const LSTMBackward &f) {
           };
           valid == W ? differentiate(W) : differentiate(valid);
         };
-        multiply_packed<T, kVectors>(flowing, G, next_gates, G, packed_weight + block * G * W,
-                                     [&](int64_t first_rank, int count, const T *product) {
-                                       for (int r = 0; r < count; ++r) step(first_rank + r, product + r * W);
+        const int64_t products = part.ranks(flowing);
+        multiply_packed<T, kVectors>(products, G, next_gates, part.stride * G, packed_weight + block * G * W,
+                                     [&](int64_t first, int count, const T *product) {
+                                       for (int r = 0; r < count; ++r, product += W) {
+                                         step(part.rank + (first + r) * part.stride, product);
+                                       }
                                      });
-        for (int64_t rank = flowing; rank < active; ++rank) step(rank, nullptr);
+        for (int64_t i = products; i < part.ranks(active); ++i) step(part.rank + i * part.stride, nullptr);
       }
-      barrier();
+      if (!part.by_sequence) barrier();
     }
   }
 }
@@ -202,7 +228,7 @@ void lstm_forward(const LSTMForward &f) { f.is_double ? forward<double>(f) : for
 void lstm_backward(const LSTMBackward &f) { f.is_double ? backward<double>(f) : backward<float>(f); }
 
 int64_t pack_words(const WordPacking &p) {
-  // Counting sort by length, longest first; equal lengths keep their order.
+  // Sort by length, longest first; equal lengths keep their order.
   const int64_t B = p.batch, T = p.time;
   for (int64_t t = 0; t < T; ++t) p.active[t] = 0;
   for (int64_t b = 0; b < B; ++b) {
@@ -212,8 +238,7 @@ int64_t pack_words(const WordPacking &p) {
   for (int64_t t = T - 2; t >= 0; --t) p.active[t] += p.active[t + 1];
   int64_t total = 0;
   for (int64_t t = 0; t < T; ++t) p.start[t] = total, total += p.active[t];
-  // Ranks of length n are those from active[n] (the longer ones) on; the free place of each length is kept in order's
-  // future slots through a second walk over the lengths.
+  // Ranks of length n are those from active[n] (the longer ones) on: one walk over the lengths for each that occurs.
   for (int64_t n = T, rank = 0; n >= 0; --n) {
     const int64_t end = n == 0 ? B : p.active[n - 1];
     for (int64_t b = 0; rank < end && b < B; ++b) {
@@ -222,7 +247,8 @@ int64_t pack_words(const WordPacking &p) {
   }
 
   int64_t bad = -1;
-#pragma omp parallel for schedule(static) num_threads(threads_for(B * T, 4096)) reduction(max : bad)
+  const int threads = threads_for(B * T, 4096);
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(max : bad)
   for (int64_t rank = 0; rank < B; ++rank) {
     const int64_t b = p.order[rank];
     float chance[64];

@@ -16,8 +16,17 @@ int64_t *integers(Address address) { return reinterpret_cast<int64_t *>(address)
 
 Gaussian gaussian(int dtype, Address mean, Address log_var, Address prior_mean, Address prior_log_var,
                   int64_t prior_rows, Address seed, int64_t samples, int64_t rows, int64_t latent, bool sum_latent) {
-  return {static_cast<DType>(dtype), at(mean), at(log_var), at(prior_mean), at(prior_log_var), prior_rows,
-          integers(seed), samples, rows, latent, sum_latent};
+  return {static_cast<DType>(dtype),
+          at(mean),
+          at(log_var),
+          at(prior_mean),
+          at(prior_log_var),
+          prior_rows,
+          integers(seed),
+          samples,
+          rows,
+          latent,
+          sum_latent};
 }
 
 LSTMPlan plan(int64_t batch, int64_t time, int64_t hidden, Address lengths, Address order, Address active,
@@ -30,6 +39,7 @@ LSTMPlan plan(int64_t batch, int64_t time, int64_t hidden, Address lengths, Addr
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of fastvae";
   const auto release = py::call_guard<py::gil_scoped_release>();
+  kernels();  // chosen now, while FASTVAE_CPU_ISA is what fastvae/ops/backend.py checks
 
   m.def("isa", [] { return kernels().isa; });
   m.def("isas", [] {
@@ -82,10 +92,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("BAD_LENGTH") = kBadLength;
   m.def(
       "lstm_forward",
-      [](bool is_double, int64_t batch, int64_t time, int64_t hidden, Address lengths, Address order,
-         Address active, Address start, Address gates, Address static_gates, Address h0, Address c0, Address weight_hh,
-         Address cells, Address hidden_states, Address h_n, Address c_n, Address states, Address sorted_h0,
-         Address packed_weight) {
+      [](bool is_double, int64_t batch, int64_t time, int64_t hidden, Address lengths, Address order, Address active,
+         Address start, Address gates, Address static_gates, Address h0, Address c0, Address weight_hh, Address cells,
+         Address hidden_states, Address h_n, Address c_n, Address states, Address sorted_h0, Address packed_weight) {
         kernels().lstm_forward({is_double, plan(batch, time, hidden, lengths, order, active, start), at(gates),
                                 at(static_gates), at(h0), at(c0), at(weight_hh), at(cells), at(hidden_states), at(h_n),
                                 at(c_n), at(states), at(sorted_h0), at(packed_weight)});
@@ -93,9 +102,9 @@ PYBIND11_MODULE(_C, m) {
       release);
   m.def(
       "lstm_backward",
-      [](bool is_double, int64_t batch, int64_t time, int64_t hidden, Address lengths, Address order,
-         Address active, Address start, Address grad_states, Address grad_h_n, Address grad_c_n, Address gates, Address cells, Address c0,
-         Address weight_hh, Address grad_gates, Address grad_static_gates, Address grad_h0, Address grad_c0,
+      [](bool is_double, int64_t batch, int64_t time, int64_t hidden, Address lengths, Address order, Address active,
+         Address start, Address grad_states, Address grad_h_n, Address grad_c_n, Address gates, Address cells,
+         Address c0, Address weight_hh, Address grad_gates, Address grad_static_gates, Address grad_h0, Address grad_c0,
          Address packed_weight) {
         kernels().lstm_backward({is_double, plan(batch, time, hidden, lengths, order, active, start), at(grad_states),
                                  at(grad_h_n), at(grad_c_n), at(gates), at(cells), at(c0), at(weight_hh),

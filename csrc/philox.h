@@ -11,9 +11,9 @@
 
 namespace fastvae::FASTVAE_ISA {
 
-// Vectors of 64-bit lanes. multiply_low multiplies the lower halves: a Philox round in this form is two multiplications,
-// two shifts and two xors, with no packing in between, since garbage in the upper halves is never read. Compilers do not
-// find it (they emulate a full 64-bit product), hence the intrinsics.
+// Vectors of 64-bit lanes. multiply_low multiplies the lower halves: a Philox round in this form is two
+// multiplications, two shifts and two xors, with no packing in between, since garbage in the upper halves is never
+// read. Compilers do not find it (they emulate a full 64-bit product), hence the intrinsics.
 #if defined(__AVX512F__)
 using Lanes = __m512i;
 FASTVAE_INLINE Lanes splat(uint64_t x) { return _mm512_set1_epi64(int64_t(x)); }
@@ -46,8 +46,8 @@ FASTVAE_INLINE Lanes count_from(uint32_t x) { return x; }
 #endif
 constexpr int64_t kLanes = sizeof(Lanes) / 8;
 
-// Writes the words of counters [counter, counter + count), words[k][i]; may write up to kLanes - 1 more. The low counter
-// word is a plain sum: a run that crosses a multiple of 2^32 is cut there.
+// Writes the words of counters [counter, counter + count), words[k][i]; may write up to kLanes - 1 more. The low
+// counter word is a plain sum: a run that crosses a multiple of 2^32 is cut there.
 template <int kWords>
 FASTVAE_INLINE void fill_words(uint64_t seed, uint64_t counter, int64_t count, uint32_t *const (&words)[kWords]) {
   const Lanes a = splat(0xD2511F53u), b = splat(0xCD9E8D57u);
@@ -87,8 +87,8 @@ FASTVAE_INLINE CosSin to_normals(uint32_t first, uint32_t second) {
 
 constexpr int64_t kNoiseBlock = 1024;  // elements a call of normal_block may give
 
-// Normals of elements [first, first + count) with count <= kNoiseBlock. `out` has room for kNoiseBlock + 8; returns where
-// in it the first element lies.
+// Normals of elements [first, first + count) with count <= kNoiseBlock. `out` has room for kNoiseBlock + 8; returns
+// where in it the first element lies.
 FASTVAE_INLINE const float *normal_block(uint64_t seed, uint64_t first, int64_t count, float *out) {
   constexpr int64_t kCounters = kNoiseBlock / 4 + 1 + kLanes;
   alignas(64) uint32_t w0[kCounters], w1[kCounters], w2[kCounters], w3[kCounters];

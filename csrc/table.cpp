@@ -15,8 +15,13 @@ void lstm_backward(const LSTMBackward &);
 
 extern const Kernels table;
 const Kernels table = {
-    FASTVAE_STRING(FASTVAE_ISA), gaussian_forward, gaussian_backward, cross_entropy_block, pack_words,
-    lstm_forward,                lstm_backward,
+    FASTVAE_STRING(FASTVAE_ISA),
+    gaussian_forward,
+    gaussian_backward,
+    cross_entropy_block,
+    pack_words,
+    lstm_forward,
+    lstm_backward,
 };
 
 }  // namespace fastvae::FASTVAE_ISA

@@ -1,6 +1,6 @@
 // Elementary functions written so that the compiler turns a loop over them into vector code: no branches, no tables, no
-// library calls. Accuracy, against double precision: exp and expm1 1 ulp, log 1 ulp, cos 1e-7 absolute,
-// sigmoid and tanh 3 ulp. NaN gives NaN.
+// library calls. Largest errors of the float versions, measured against double precision: exp 1.1 ulp, expm1 1.7, log
+// 0.9, cos and sin 8e-8 absolute, sigmoid (down to -87) and tanh 2.5 ulp. NaN gives NaN, except in log and cos_sin.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,8 @@
 
 namespace fastvae::FASTVAE_ISA {
 
-// exp(x) = scale * (1 + fraction), |fraction| <= 0.42. x is clamped to [-87.3, 88.3], where scale stays a normal number.
+// exp(x) = scale * (1 + fraction), |fraction| <= 0.42. x is clamped to [-87.3, 88.3], where scale stays a normal
+// number.
 struct ExpParts {
   float scale, fraction;
 };
@@ -41,7 +42,7 @@ FASTVAE_INLINE float expm1(float x) {
 FASTVAE_INLINE double exp(double x) { return std::exp(x); }
 FASTVAE_INLINE double expm1(double x) { return std::expm1(x); }
 
-// Natural logarithm of a positive normal number.
+// Natural logarithm of a positive normal number; anything else, NaN included, gives a meaningless finite number.
 FASTVAE_INLINE float log(float x) {
   const int32_t bits = bit_cast<int32_t>(x);
   const int32_t exponent = (bits - 0x3F3504F3) >> 23;
@@ -73,9 +74,9 @@ FASTVAE_INLINE CosSin cos_sin(float x) {
   const float r = ((x - n * 1.5703125f) - n * 4.837512969970703e-4f) - n * 7.549789954891848e-8f;
   const float square = r * r;
   const float sine = ((-1.9515295891e-4f * square + 8.3321608736e-3f) * square - 1.6666654611e-1f) * square * r + r;
-  const float cosine =
-      ((2.443315711809948e-5f * square - 1.388731625493765e-3f) * square + 4.166664568298827e-2f) * square * square -
-      0.5f * square + 1.0f;
+  const float cosine = ((2.443315711809948e-5f * square - 1.388731625493765e-3f) * square + 4.166664568298827e-2f) *
+                           square * square -
+                       0.5f * square + 1.0f;
   const bool odd = quadrant & 1;
   const uint32_t cos_bits = bit_cast<uint32_t>(odd ? sine : cosine), sin_bits = bit_cast<uint32_t>(odd ? cosine : sine);
   return {bit_cast<float>(cos_bits ^ (((quadrant + 1) & 2) << 30)), bit_cast<float>(sin_bits ^ ((quadrant & 2) << 30))};

@@ -95,17 +95,33 @@ def register(
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _owning(reference), "CompositeExplicitAutograd")
     if CORE is not None:
         LIBRARY.impl(name, cpu, "CPU")
     if cuda is not None and not TRITON_MISSING:
-        LIBRARY.impl(name, cuda, "CUDA")
+        LIBRARY.impl(name, _owning(cuda), "CUDA")  # may hand float64 to the reference
     torch.library.register_fake(f"fastvae::{name}", fake, lib=LIBRARY)
     _OPS[name] = cuda is not None
     op = getattr(torch.ops.fastvae, name).default
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, _outside_autocast(op, device.lower()), f"Autocast{device}")
     return op
+
+
+def _owning(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    # Plain torch code keeps its inputs' strides and, as in a sum's gradient, hands tensors through. An op may not.
+    def call(*args: Any) -> tuple[torch.Tensor, ...]:
+        taken = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        outputs = []
+        for output in implementation(*args):
+            own = output.contiguous()
+            if own.untyped_storage().data_ptr() in taken:
+                own = own.clone()
+            taken.add(own.untyped_storage().data_ptr())
+            outputs.append(own)
+        return tuple(outputs)
+
+    return call
 
 
 def _outside_autocast(op: Callable[..., Any], device: str) -> Callable[..., Any]:
@@ -133,7 +149,7 @@ def in_autocast_dtype(weight: torch.Tensor, *others: torch.Tensor | None) -> lis
     """
     operands = [weight, *others]
     device = weight.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return operands
     dtype = weight.dtype if device == "cpu" else torch.get_autocast_dtype(device)
     return [t if t is None else t.to(dtype) for t in operands]

@@ -181,7 +181,8 @@ def _cpu_backward(
     weights = grad_losses[target != ignore_index]
     grads: list[Tensor | None]
     if sum_gradients and bool((weights == weights[:1]).all()):
-        grads = [g * weights[0] if weights.numel() else g for g in sum_gradients]
+        factor = weights[0] if weights.numel() else 1  # no row is left: the gradients are zero
+        grads = [g * factor for g in sum_gradients]
     else:
         *_, grad_hidden, grad_weight, grad_bias = _cpu_blocks(
             hidden, weight, bias, target, ignore_index,
@@ -339,7 +340,9 @@ def linear_cross_entropy(
     weight, hidden, bias = in_autocast_dtype(weight, hidden, bias)
     check_like("weight", weight, "hidden", hidden)
     check_index("target", target, "hidden", hidden)
-    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+    if hidden.dim() == 0:
+        raise ValueError("hidden: expected shape (..., hidden), got ()")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight: expected (vocabulary, hidden) with hidden = {tuple(hidden.shape[-1:])} as in hidden, "
             f"got {tuple(weight.shape)}"
@@ -349,6 +352,8 @@ def linear_cross_entropy(
         check_like("bias", bias, "hidden", hidden)
         check_shape("bias", bias, (weight.shape[0],), "(vocabulary,)")
     check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if not torch.is_grad_enabled():  # needs_input_grad ignores it: the gradients would be made for nobody
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     losses = _LinearCrossEntropy.apply(
         hidden.reshape(target.numel(), hidden.shape[-1]), weight, bias, target.reshape(-1), ignore_index
     )

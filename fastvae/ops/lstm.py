@@ -388,13 +388,20 @@ def lstm_decode(
     check_float("embedding", embedding)
     embedding, weight_ih, weight_hh, bias = in_autocast_dtype(embedding, weight_ih, weight_hh, bias)
     check_index("tokens", tokens, "embedding", embedding)
-    if tokens.dim() != 2:
-        raise ValueError(f"tokens: expected shape (batch, time), got {tuple(tokens.shape)}")
-    (batch, time), hidden_size, embed_size = tokens.shape, weight_hh.shape[-1], embedding.shape[-1]
-    latent = 0 if z is None else z.shape[-1]
-    if embedding.dim() != 2:
-        raise ValueError(f"embedding: expected shape (vocabulary, embed), got {tuple(embedding.shape)}")
     check_like("weight_hh", weight_hh, "embedding", embedding)
+    if z is not None:
+        check_float("z", z)
+        check_device("z", z, "embedding", embedding)
+    for name, tensor, meaning in (
+        ("tokens", tokens, "(batch, time)"),
+        ("embedding", embedding, "(vocabulary, embed)"),
+        ("weight_hh", weight_hh, "(4 * hidden, hidden)"),
+        ("z", z, "(batch, latent)"),
+    ):
+        if tensor is not None and tensor.dim() != 2:
+            raise ValueError(f"{name}: expected shape {meaning}, got {tuple(tensor.shape)}")
+    (batch, time), hidden_size, embed_size = tokens.shape, weight_hh.shape[1], embedding.shape[1]
+    latent = 0 if z is None else z.shape[1]
     check_shape("weight_hh", weight_hh, (4 * hidden_size, hidden_size), "(4 * hidden, hidden)")
     check_like("weight_ih", weight_ih, "embedding", embedding)
     check_shape("weight_ih", weight_ih, (4 * hidden_size, embed_size + latent), "(4 * hidden, embed + latent)")
@@ -403,8 +410,6 @@ def lstm_decode(
         check_device(name, state, "embedding", embedding)
         check_shape(name, state, (batch, hidden_size), "(batch, hidden)")
     if z is not None:
-        check_float("z", z)
-        check_device("z", z, "embedding", embedding)
         check_shape("z", z, (batch, latent), "(batch, latent)")
     if bias is not None:
         check_like("bias", bias, "embedding", embedding)

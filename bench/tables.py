@@ -1,0 +1,163 @@
+"""Markdown tables from the result files: ``python -m bench.tables --write README.md`` renews those there."""
+
+import argparse
+import csv
+import itertools
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from bench import FAMILIES
+from bench.interleave import OURS
+
+RESULTS = Path(__file__).parent / "results"
+PTB = RESULTS / "ptb_lstm_4_epochs.json"  # written by `fastvae evaluate`
+
+Row = dict[str, str]
+_TITLES = {
+    "gaussian": "Sampling + KL",
+    "cross_entropy": "Linear + cross-entropy",
+    "lstm": "LSTM",
+}
+
+
+def read(folder: Path = RESULTS) -> list[Row]:
+    """Read the rows of all families measured in `folder`."""
+    rows: list[Row] = []
+    for family in FAMILIES:
+        path = folder / f"{family}.csv"
+        if path.exists():
+            with path.open(newline="") as file:
+                rows += csv.DictReader(file)
+    return rows
+
+
+def cases(rows: Iterable[Row]) -> list[list[Row]]:
+    """Group rows into cases, ours first in each."""
+    grouped = itertools.groupby(rows, lambda row: (row["family"], row["case"], row["direction"]))
+    return [sorted(group, key=lambda row: row["contender"] != OURS) for _, group in grouped]
+
+
+def summary(rows: list[Row]) -> str:
+    """Return the README's table: forward+backward, each peer's time and memory as a multiple of ours."""
+    lines = [
+        "| forward + backward, float32 | ours | eager | `torch.compile` | best other | peak memory: ours, eager |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for case in cases(row for row in rows if row["direction"] == "forward+backward"):
+        by_name = {row["contender"]: row for row in case}
+        ours, eager = by_name.pop(OURS), by_name.pop("eager")
+        compiled = by_name.pop("torch.compile")
+        other = min(by_name.values(), key=lambda row: float(row["median_ms"]), default=None)
+        best = f"{_ratio(other)} ({other['contender']})" if other else ""
+        lines.append(
+            f"| {_TITLES[ours['family']]}: {ours['case']} | {_time(ours)} | {_ratio(eager)} | {_ratio(compiled)} "
+            f"| {best} | {_memory(ours)}, {_memory(eager)} |"
+        )
+    return "\n".join([*lines, "", _machine(rows)])
+
+
+def report(rows: list[Row]) -> str:
+    """Return bench/results/README.md: every contender of every case."""
+    parts = ["# Benchmark results", _HOW, f"![Time of each peer as a multiple of ours](ratios.png)\n\n{_machine(rows)}"]
+    for family, group in itertools.groupby(cases(rows), lambda case: case[0]["family"]):
+        lines = [
+            f"## {_TITLES[family]}\n",
+            "| case | contender | median | quartiles | times ours | of the limit | peak memory | rounds |",
+            "|---|---|--:|--:|--:|--:|--:|--:|",
+        ]
+        for case in group:
+            for row in case:
+                first = f"{row['case']}, {row['direction']}" if row is case[0] else ""
+                quartiles = f"{_number(row['quartile1_ms'])} - {_number(row['quartile3_ms'])} ms"
+                lines.append(
+                    f"| {first} | {row['contender']} | {_time(row)} | {quartiles} | {_ratio(row)} "
+                    f"| {100 * float(row['share_of_limit']):.0f} % | {_memory(row)} | {row['rounds']} |"
+                )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+_HOW = """\
+Written by `python -m bench`. Every contender's result is checked against float64 before it is timed; all are timed in
+turns in one process, float32, with the same number of threads. "Forward" records no gradient. "Times ours" is a peer's
+median over ours. "Of the limit" compares with max(FLOPs / rate of a 1024 cubed matrix product, bytes / rate of a copy
+of that size), both measured in the same run: what no implementation can pass, arithmetic other than products not
+counted. Peak memory is what torch's allocator held at most during one call, above its inputs."""
+
+
+def _machine(rows: list[Row]) -> str:
+    described = []
+    for row in rows:
+        text = (
+            f"{row['cpu']} ({row['isa']}), {row['threads']} threads, fastvae {row['fastvae']}, torch {row['torch']}, "
+            f"Triton {row['triton']}, Python {row['python']}, {row['date']}"
+        )
+        if text not in described:
+            described.append(text)
+    return "Measured on " + "; ".join(described) + "."
+
+
+def _number(text: str) -> str:
+    return f"{float(text):.3g}" if float(text) < 1000 else f"{float(text):.0f}"
+
+
+def _time(row: Row) -> str:
+    return f"{_number(row['median_ms'])} ms"
+
+
+def _ratio(row: Row) -> str:
+    return f"{float(row['times_ours']):.2f}x"
+
+
+def _memory(row: Row) -> str:
+    return f"{_number(row['peak_mib'])} MiB"
+
+
+def penn_treebank(path: Path = PTB) -> str:
+    """Return the table of an evaluation's JSON."""
+    result = json.loads(path.read_text())
+    lines = [
+        "| sentences | -ELBO | NLL | KL | IW-NLL | PPL a word | active units |",
+        "|--:|--:|--:|--:|--:|--:|--:|",
+        f"| {result['split']}: {result['sentences']:,} | {result['neg_elbo']:.2f} | {result['nll']:.2f} "
+        f"| {result['kl']:.2f} | {result['iw_nll']:.2f} ({result['iw_samples']} samples) | {result['ppl']:.1f} "
+        f"| {result['active_units']} of {result['latent_dim']} |",
+    ]
+    return "\n".join(lines)
+
+
+def renewed(text: str, folder: Path = RESULTS) -> str:
+    """Put the tables of the result files between the markers of a document."""
+    text = replace(text, "bench", summary(read(folder)))
+    return replace(text, "ptb", penn_treebank(folder / PTB.name))
+
+
+def replace(text: str, name: str, table: str) -> str:
+    """Put `table` between the markers ``<!-- name: begin -->`` and ``<!-- name: end -->`` of `text`.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    first, last = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end or first in after:
+        raise ValueError(f"expected {first} and then {last}, once each")
+    return f"{before}{first}\n{table}\n{last}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="renew the tables between the markers of FILE")
+    arguments = parser.parse_args()
+    if arguments.write:
+        arguments.write.write_text(renewed(arguments.write.read_text()))
+    else:
+        print(summary(read()), penn_treebank(), sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

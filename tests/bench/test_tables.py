@@ -1,0 +1,69 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import figure, tables
+
+PEERS = {
+    "fastvae": ("1.25", "1.0", "2.0"),
+    "eager": ("5.0", "4.0", "12.34"),
+    "torch.compile": ("2.5", "2.0", "7.0"),
+    "third": ("3.75", "3.0", "7.0"),
+    "fourth": ("1.0", "0.8", "7.0"),
+}
+MACHINE = {
+    "cpu": "A processor", "isa": "avx2", "threads": "2", "fastvae": "1", "torch": "2", "triton": "3", "python": "4",
+    "date": "today",
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rows = [
+        {"family": "lstm", "case": "a case", "direction": direction, "contender": name, "median_ms": median,
+         "quartile1_ms": "0.5", "quartile3_ms": "1234.5", "times_ours": ratio, "share_of_limit": "0.25",
+         "peak_mib": peak, "rounds": "9", **MACHINE}
+        for direction in ("forward", "forward+backward") for name, (median, ratio, peak) in PEERS.items()
+    ]  # fmt: skip
+    with (tmp_path / "lstm.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    return tmp_path
+
+
+def test_summary_shows_training_against_each_peer(folder: Path) -> None:
+    _, _, row, _, machine = tables.summary(tables.read(folder)).splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["LSTM: a case", "1.25 ms", "4.00x", "2.00x", "0.80x (fourth)", "2 MiB, 12.3 MiB"]
+    assert "A processor (avx2), 2 threads" in machine
+
+
+def test_report_and_figure_hold_every_contender(folder: Path) -> None:
+    rows = tables.read(folder)
+    report = tables.report(rows)
+    for name in PEERS:
+        assert report.count(f"| {name} |") == 2
+    assert "0.5 - 1234 ms" in report
+    assert "| 25 % |" in report
+    figure.draw(rows, folder / "ratios.png")
+    assert (folder / "ratios.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_is_renewed_between_its_markers() -> None:
+    begin, end = "<!-- x: begin -->", "<!-- x: end -->"
+    text = f"before\n{begin}\nold\n{end}\nafter\n"
+    assert tables.replace(text, "x", "new") == f"before\n{begin}\nnew\n{end}\nafter\n"
+    for wrong in ("no markers", begin, f"{end} {begin}", text + text, text.replace("x:", "y:")):
+        with pytest.raises(ValueError, match="once each"):
+            tables.replace(wrong, "x", "new")
+
+
+def test_penn_treebank_is_read_from_the_evaluation(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    figures = {"neg_elbo": 110.126, "nll": 104.0, "kl": 6.126, "iw_nll": 108.5, "iw_samples": 100, "ppl": 120.04}
+    path.write_text(json.dumps(figures | {"split": "test", "sentences": 3761, "active_units": 7, "latent_dim": 32}))
+    row = tables.penn_treebank(path).splitlines()[-1]
+    assert row == "| test: 3,761 | 110.13 | 104.00 | 6.13 | 108.50 (100 samples) | 120.0 | 7 of 32 |"
