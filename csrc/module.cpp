@@ -2,6 +2,10 @@
 // fastvae/ops for the only callers.
 #include <pybind11/pybind11.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -34,6 +38,17 @@ LSTMPlan plan(int64_t batch, int64_t time, int64_t hidden, Address lengths, Addr
   return {batch, time, hidden, integers(lengths), integers(order), integers(active), integers(start)};
 }
 
+// Asks for 2 MiB pages where [address, address + bytes) covers them whole. A hint: failure changes nothing.
+void use_huge_pages(Address address, size_t bytes) {
+#ifdef __linux__
+  constexpr Address kPage = 2 << 20;
+  const Address first = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
+  if (first < end) madvise(at(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -47,6 +62,8 @@ PYBIND11_MODULE(_C, m) {
     for (const char *const *name = supported_isas(); *name; ++name) names.append(*name);
     return names;
   });
+
+  m.def("use_huge_pages", &use_huge_pages);
 
   m.def(
       "gaussian_forward",

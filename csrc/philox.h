@@ -12,13 +12,15 @@
 namespace fastvae::FASTVAE_ISA {
 
 // Vectors of 64-bit lanes. multiply_low multiplies the lower halves: a Philox round in this form is two
-// multiplications, two shifts and two xors, with no packing in between, since garbage in the upper halves is never
-// read. Compilers do not find it (they emulate a full 64-bit product), hence the intrinsics.
+// multiplications, two shuffles and two xors, with no packing in between, since garbage in the upper halves is never
+// read. Compilers do not find it (they emulate a full 64-bit product), hence the intrinsics. A round's instructions
+// wait for each other: kInterleaved vectors of counters go through it together.
 #if defined(__AVX512F__)
 using Lanes = __m512i;
+constexpr int64_t kInterleaved = 4;
 FASTVAE_INLINE Lanes splat(uint64_t x) { return _mm512_set1_epi64(int64_t(x)); }
 FASTVAE_INLINE Lanes multiply_low(Lanes a, Lanes b) { return _mm512_mul_epu32(a, b); }
-FASTVAE_INLINE Lanes upper(Lanes a) { return _mm512_srli_epi64(a, 32); }
+FASTVAE_INLINE Lanes upper(Lanes a) { return _mm512_shuffle_epi32(a, _MM_PERM_ENUM(0xF5)); }
 FASTVAE_INLINE Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 FASTVAE_INLINE void store_low(uint32_t *to, Lanes a) { _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi64_epi32(a)); }
 FASTVAE_INLINE Lanes count_from(uint32_t x) {
@@ -26,9 +28,10 @@ FASTVAE_INLINE Lanes count_from(uint32_t x) {
 }
 #elif defined(__AVX2__)
 using Lanes = __m256i;
+constexpr int64_t kInterleaved = 2;
 FASTVAE_INLINE Lanes splat(uint64_t x) { return _mm256_set1_epi64x(int64_t(x)); }
 FASTVAE_INLINE Lanes multiply_low(Lanes a, Lanes b) { return _mm256_mul_epu32(a, b); }
-FASTVAE_INLINE Lanes upper(Lanes a) { return _mm256_srli_epi64(a, 32); }
+FASTVAE_INLINE Lanes upper(Lanes a) { return _mm256_shuffle_epi32(a, 0xF5); }
 FASTVAE_INLINE Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
 FASTVAE_INLINE void store_low(uint32_t *to, Lanes a) {
   const __m256i packed = _mm256_permutevar8x32_epi32(a, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
@@ -37,6 +40,7 @@ FASTVAE_INLINE void store_low(uint32_t *to, Lanes a) {
 FASTVAE_INLINE Lanes count_from(uint32_t x) { return _mm256_add_epi64(splat(x), _mm256_setr_epi64x(0, 1, 2, 3)); }
 #else
 using Lanes = uint64_t;
+constexpr int64_t kInterleaved = 2;
 FASTVAE_INLINE Lanes splat(uint64_t x) { return x; }
 FASTVAE_INLINE Lanes multiply_low(Lanes a, Lanes b) { return uint64_t(uint32_t(a)) * uint32_t(b); }
 FASTVAE_INLINE Lanes upper(Lanes a) { return a >> 32; }
@@ -44,28 +48,38 @@ FASTVAE_INLINE Lanes xor3(Lanes a, Lanes b, Lanes c) { return a ^ b ^ c; }
 FASTVAE_INLINE void store_low(uint32_t *to, Lanes a) { *to = uint32_t(a); }
 FASTVAE_INLINE Lanes count_from(uint32_t x) { return x; }
 #endif
-constexpr int64_t kLanes = sizeof(Lanes) / 8;
+constexpr int64_t kLanes = sizeof(Lanes) / 8, kCountersAtOnce = kLanes * kInterleaved;
 
-// Writes the words of counters [counter, counter + count), words[k][i]; may write up to kLanes - 1 more. The low
-// counter word is a plain sum: a run that crosses a multiple of 2^32 is cut there.
+// Writes the words of counters [counter, counter + count), words[k][i]; may write up to kCountersAtOnce - 1 more. The
+// low counter word is a plain sum: a run that crosses a multiple of 2^32 is cut there.
 template <int kWords>
 FASTVAE_INLINE void fill_words(uint64_t seed, uint64_t counter, int64_t count, uint32_t *const (&words)[kWords]) {
   const Lanes a = splat(0xD2511F53u), b = splat(0xCD9E8D57u);
   for (int64_t done = 0; done < count;) {
     const uint32_t low = uint32_t(counter + done), high = uint32_t((counter + done) >> 32);
     const int64_t run = min<int64_t>(count - done, int64_t(0xFFFFFFFFu - low) + 1);
-    for (int64_t i = 0; i < run; i += kLanes) {
-      Lanes c[4] = {count_from(low + uint32_t(i)), splat(high), splat(0), splat(0)};
+    for (int64_t i = 0; i < run; i += kCountersAtOnce) {
+      Lanes c[kInterleaved][4];
+      for (int64_t v = 0; v < kInterleaved; ++v) {
+        c[v][0] = count_from(low + uint32_t(i + v * kLanes));
+        c[v][1] = splat(high), c[v][2] = splat(0), c[v][3] = splat(0);
+      }
       uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #pragma GCC unroll 10
       for (int round = 0; round < 10; ++round) {
-        const Lanes product_a = multiply_low(c[0], a), product_b = multiply_low(c[2], b);
-        c[0] = xor3(upper(product_b), c[1], splat(k0));
-        c[2] = xor3(upper(product_a), c[3], splat(k1));
-        c[1] = product_b, c[3] = product_a;
+        const Lanes key0 = splat(k0), key1 = splat(k1);
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < kInterleaved; ++v) {
+          const Lanes product_a = multiply_low(c[v][0], a), product_b = multiply_low(c[v][2], b);
+          c[v][0] = xor3(upper(product_b), c[v][1], key0);
+          c[v][2] = xor3(upper(product_a), c[v][3], key1);
+          c[v][1] = product_b, c[v][3] = product_a;
+        }
         k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
       }
-      for (int k = 0; k < kWords; ++k) store_low(words[k] + done + i, c[k]);
+      for (int64_t v = 0; v < kInterleaved; ++v) {
+        for (int k = 0; k < kWords; ++k) store_low(words[k] + done + i + v * kLanes, c[v][k]);
+      }
     }
     done += run;
   }
@@ -81,7 +95,7 @@ FASTVAE_INLINE CosSin to_normals(uint32_t first, uint32_t second) {
   float u = to_uniform(first);
   u = u < 1e-7f ? 1e-7f : u;
   const float radius = std::sqrt(-2.0f * log(u));
-  const CosSin angle = cos_sin(6.283185307179586f * to_uniform(second));
+  const CosSin angle = cos_sin_turns(to_uniform(second));
   return {radius * angle.cos, radius * angle.sin};
 }
 
@@ -90,7 +104,7 @@ constexpr int64_t kNoiseBlock = 1024;  // elements a call of normal_block may gi
 // Normals of elements [first, first + count) with count <= kNoiseBlock. `out` has room for kNoiseBlock + 8; returns
 // where in it the first element lies.
 FASTVAE_INLINE const float *normal_block(uint64_t seed, uint64_t first, int64_t count, float *out) {
-  constexpr int64_t kCounters = kNoiseBlock / 4 + 1 + kLanes;
+  constexpr int64_t kCounters = kNoiseBlock / 4 + 1 + kCountersAtOnce;
   alignas(64) uint32_t w0[kCounters], w1[kCounters], w2[kCounters], w3[kCounters];
   const uint64_t counter = first / 4;
   const int64_t counters = int64_t((first + count + 3) / 4 - counter);
@@ -106,7 +120,7 @@ FASTVAE_INLINE const float *normal_block(uint64_t seed, uint64_t first, int64_t 
 
 FASTVAE_INLINE void fill_uniform(uint64_t seed, uint64_t first, int64_t count, float *out) {
   constexpr int64_t kBlock = 1024;
-  alignas(64) uint32_t block[kBlock + kLanes];
+  alignas(64) uint32_t block[kBlock + kCountersAtOnce];
   uint32_t *const words[1] = {block};
   for (int64_t done = 0; done < count; done += kBlock) {
     const int64_t n = min(kBlock, count - done);

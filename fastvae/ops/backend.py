@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 LIBRARY = torch.library.Library("fastvae", "DEF")
 
@@ -133,6 +134,16 @@ def _outside_autocast(op: Callable[..., Any], device: str) -> Callable[..., Any]
     return call
 
 
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a Function's `backward` raise if it is differentiated; `once_differentiable`, free where nothing records."""
+    guarded = once_differentiable(backward)
+
+    def call(ctx: Any, *grads: Any) -> Any:
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return call
+
+
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
     """Let autograd record within an op, where gradients are off and a mode such as FlopCounterMode excludes it."""
@@ -164,6 +175,19 @@ def pointer(tensor: torch.Tensor | None) -> int:
     """Return the address of `tensor`'s first element for the C++ core, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
+
+def large(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor`, just allocated on the CPU and not yet written, on huge pages if it fills some.
+
+    The kernel of the operating system clears fresh memory page by page when it is first touched: with pages of 4 KiB
+    this takes longer than most of our kernels do.
+    """
+    if CORE is not None and tensor.nbytes >= _LARGE_BYTES:
+        CORE.use_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
+_LARGE_BYTES = 4 << 20  # at least one whole page of 2 MiB wherever the tensor begins
 
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 

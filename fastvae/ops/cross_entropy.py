@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastvae.ops.backend import CORE, in_autocast_dtype, kernel, pointer, recording, register
+from fastvae.ops.backend import CORE, first_order, in_autocast_dtype, kernel, large, pointer, recording, register
 from fastvae.ops.checks import check_choice, check_float, check_index, check_like, check_shape
 
 _BLOCK_LOGITS = 2_500_000  # logits of a block of rows: 10 MB of float32
@@ -114,14 +113,16 @@ def _cpu_blocks(
     losses = hidden.new_empty(count, dtype=compute)
     known = lse is not None
     lse_kept = losses.new_empty(count) if lse is None else lse[kept].contiguous()
-    grad_x = losses.new_empty(count, hidden.shape[1]) if need_hidden else None
-    grad_w = torch.zeros_like(w, memory_format=torch.contiguous_format) if need_weight else None
+    grad_x = large(losses.new_empty(count, hidden.shape[1])) if need_hidden else None
+    grad_w = large(torch.empty_like(w, memory_format=torch.contiguous_format)) if need_weight else None
     partials = torch.get_num_threads()
     grad_b = losses.new_zeros(partials, vocabulary) if need_weight and b is not None else None
 
+    if not count and grad_w is not None:
+        grad_w.zero_()
     blocks = max(1, -(-count // max(_MIN_BLOCK_ROWS, _BLOCK_LOGITS // max(vocabulary, 1))))
     block_rows = -(-count // blocks)
-    buffer = losses.new_empty(block_rows, vocabulary)
+    buffer = large(losses.new_empty(block_rows, vocabulary))
     for first in range(0, count, max(block_rows, 1)):
         rows_here = slice(first, min(first + block_rows, count))
         x_block = x[rows_here].to(compute)
@@ -182,7 +183,7 @@ def _cpu_backward(
     grads: list[Tensor | None]
     if sum_gradients and bool((weights == weights[:1]).all()):
         factor = weights[0] if weights.numel() else 1  # no row is left: the gradients are zero
-        grads = [g * factor for g in sum_gradients]
+        grads = [torch.mul(g, factor, out=large(torch.empty_like(g))) for g in sum_gradients]
     else:
         *_, grad_hidden, grad_weight, grad_bias = _cpu_blocks(
             hidden, weight, bias, target, ignore_index,
@@ -299,7 +300,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, lse, *sum_gradients = ctx.saved_tensors
         grads = _backward(grad_losses, hidden, weight, bias, target, lse, ctx.ignore_index, sum_gradients, *ctx.needs)

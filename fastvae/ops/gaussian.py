@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastvae.ops.backend import CORE, dtype_code, kernel, pointer, recording, register
+from fastvae.ops.backend import CORE, dtype_code, first_order, kernel, large, pointer, recording, register
 from fastvae.ops.checks import check_choice, check_float, check_like, check_seed
 from fastvae.ops.random import draw_seed, normal
 
@@ -96,8 +95,8 @@ def _cpu_sample_kl(
     mean, log_var = mean.contiguous(), log_var.contiguous()
     samples = 1 if num_samples is None else num_samples
     rows, latent = _rows(mean)
-    z = mean.new_empty(_z_shape(mean, num_samples))
-    kl = mean.new_empty(mean.shape[:-1] if sum_latent else mean.shape, dtype=_compute_dtype(mean))
+    z = large(mean.new_empty(_z_shape(mean, num_samples)))
+    kl = large(mean.new_empty(mean.shape[:-1] if sum_latent else mean.shape, dtype=_compute_dtype(mean)))
     prior_rows = 0
     if prior_mean is not None and prior_log_var is not None:
         prior_mean, prior_log_var = prior_mean.contiguous(), prior_log_var.contiguous()
@@ -126,7 +125,7 @@ def _cpu_sample_kl_backward(
     grad_kl = None if grad_kl is None else grad_kl.contiguous()
     samples = 1 if num_samples is None else num_samples
     rows, latent = _rows(mean)
-    grad_mean, grad_log_var = torch.empty_like(mean), torch.empty_like(log_var)
+    grad_mean, grad_log_var = large(torch.empty_like(mean)), large(torch.empty_like(log_var))
     prior_rows, grad_prior, partials = 0, None, 0
     if prior_mean is not None and prior_log_var is not None:
         prior_mean, prior_log_var = prior_mean.contiguous(), prior_log_var.contiguous()
@@ -267,7 +266,7 @@ class _SampleKL(torch.autograd.Function):
         return _sample_kl(mean, log_var, prior_mean, prior_log_var, seed, num_samples, sum_latent)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
         grads = _sample_kl_backward(grad_z, grad_kl, *ctx.saved_tensors, ctx.num_samples, ctx.sum_latent)
         return *(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None

@@ -14,9 +14,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastvae.ops.backend import CORE, TRITON_MISSING, in_autocast_dtype, kernel, pointer, recording, register
+from fastvae.ops.backend import (
+    CORE,
+    TRITON_MISSING,
+    first_order,
+    in_autocast_dtype,
+    kernel,
+    large,
+    pointer,
+    recording,
+    register,
+)
 from fastvae.ops.checks import check_device, check_float, check_index, check_like, check_seed, check_shape
 from fastvae.ops.random import draw_seed, uniform
 
@@ -159,12 +168,14 @@ def _cpu_forward(
     (batch, time), size = tokens.shape, h0.shape[1]
     packing = _pack(tokens, lengths, size, embedding.shape[0], seed, word_dropout, unk_index)
     total = packing.words.numel()
-    gates, cells = static_gates.new_empty(batch * time, 4 * size), static_gates.new_empty(batch * time, size)
+    gates = large(static_gates.new_empty(batch * time, 4 * size))
+    cells = large(static_gates.new_empty(batch * time, size))
     gates[total:], cells[total:] = 0, 0
     inputs = embedding.index_select(0, packing.words).to(compute)
     torch.mm(inputs, weight_input.to(compute).T, out=gates[:total])
     static_gates, h0_, c0_, weight = (t.to(compute).contiguous() for t in (static_gates, h0, c0, weight_hh))
-    hidden, h_n, c_n = static_gates.new_empty(batch, time, size), torch.empty_like(h0_), torch.empty_like(c0_)
+    hidden = large(static_gates.new_empty(batch, time, size))
+    h_n, c_n = torch.empty_like(h0_), torch.empty_like(c0_)
     states, sorted_h0 = static_gates.new_empty(total, size), torch.empty_like(h0_)
     packed_weight = _packed_weight(weight)
     CORE.lstm_forward(
@@ -207,7 +218,8 @@ def _cpu_backward(
         torch.zeros_like(h0, dtype=compute) if g is None else g.to(compute).contiguous() for g in (grad_h_n, grad_c_n)
     ]
     c0_, weight = c0.to(compute).contiguous(), weight_hh.to(compute).contiguous()
-    grad_gates, grad_static_gates = gates.new_empty(total, 4 * size), gates.new_empty(batch, 4 * size)
+    grad_gates = large(gates.new_empty(total, 4 * size))
+    grad_static_gates = gates.new_empty(batch, 4 * size)
     grad_h0, grad_c0 = torch.empty_like(c0_), torch.empty_like(c0_)
     packed_weight = _packed_weight(weight)
     CORE.lstm_backward(
@@ -333,7 +345,7 @@ class _LSTMDecode(torch.autograd.Function):
         return hidden, h_n, c_n
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_hidden: Tensor | None, grad_h_n: Tensor | None,
                  grad_c_n: Tensor | None) -> tuple[Tensor | None, ...]:  # fmt: skip
         grads = _backward(grad_hidden, grad_h_n, grad_c_n, *ctx.saved_tensors, ctx.word_dropout, ctx.unk_index)
