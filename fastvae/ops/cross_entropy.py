@@ -18,7 +18,7 @@ from fastvae.ops.backend import CORE, first_order, in_autocast_dtype, kernel, la
 from fastvae.ops.checks import check_choice, check_float, check_index, check_like, check_shape
 
 _BLOCK_LOGITS = 2_500_000  # logits of a block of rows: 10 MB of float32
-_MIN_BLOCK_ROWS = 64  # below this the products with the weight are bound by reading the weight
+_MIN_BLOCK_ROWS = 160  # below this the products are bound by reading the weight and adding to its gradient
 
 
 # ------------------------------------------------------------------------------------------------ reference
