@@ -19,6 +19,7 @@ _TITLES = {
     "gaussian": "Sampling + KL",
     "cross_entropy": "Linear + cross-entropy",
     "lstm": "LSTM",
+    "sparse": "Sparse coding",
 }
 
 
@@ -56,6 +57,18 @@ def summary(rows: list[Row]) -> str:
             f"| {best} | {_memory(ours)}, {_memory(eager)} |"
         )
     return "\n".join([*lines, "", _machine(rows)])
+
+
+def sparse_summary(rows: list[Row]) -> str:
+    """Return the README's table of the sparse family: each peer's time as a multiple of ours."""
+    peers = {"SPAMS LARS": "SPAMS LARS", "SPAMS CD": "SPAMS CD", "scikit-learn lasso_cd, float64": "scikit-learn",
+             "eager": "eager", "torch.compile": "`torch.compile`"}  # fmt: skip
+    lines = [f"| float32 | ours | {' | '.join(peers.values())} |", "|---|--:|" + "--:|" * len(peers)]
+    for case in cases(row for row in rows if row["family"] == "sparse"):
+        by_name = {row["contender"]: row for row in case}
+        ratios = [_ratio(by_name[name]) if name in by_name else "" for name in peers]
+        lines.append(f"| {case[0]['case']} | {_time(case[0])} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
 
 
 def report(rows: list[Row]) -> str:
@@ -131,6 +144,7 @@ def penn_treebank(path: Path = PTB) -> str:
 def renewed(text: str, folder: Path = RESULTS) -> str:
     """Put the tables of the result files between the markers of a document."""
     text = replace(text, "bench", summary(read(folder)))
+    text = replace(text, "sparse", sparse_summary(read(folder)))
     return replace(text, "ptb", penn_treebank(folder / PTB.name))
 
 

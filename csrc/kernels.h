@@ -89,6 +89,54 @@ struct WordPacking {
   int64_t *words, *rows;  // (batch * time), the first `total` used: word, and element of tokens it comes from
 };
 
+// The lasso for each of a block of samples, by coordinate descent on a working set. products = x A' and codes are
+// (samples, atoms), gram = A A'.
+struct SparseEncode {
+  bool is_double;
+  const void *gram, *products, *squared;  // squared: |x|^2, (samples)
+  const void *l1, *weights, *init;        // (samples); (atoms) or null; (samples, atoms) or null
+  double l2, tol;                         // tol: of the duality gap, relative to |x|^2
+  bool positive;
+  int64_t samples, atoms, max_iter;
+  int64_t first_atoms, capacity;  // of the working set: at the start, and at most
+  void *codes, *gap;
+  int64_t *iterations;
+  int8_t *status;
+  void *memory;  // `workspaces` times what sparse_workspace says, one for each thread
+  int64_t workspaces;
+};
+// For each sample the solution v of (G_SS + l2 I) v_S = grad_S on the support S of its codes, zero elsewhere.
+struct SparseSupport {
+  bool is_double;
+  const void *gram, *codes, *grad;
+  double l2;
+  int64_t samples, atoms, capacity;  // capacity: the largest support
+  void *solution, *memory;
+  int64_t workspaces;
+};
+// ISTA, or FISTA with momentum. Gram form: matrix = A A' (atoms, atoms), target = x A'; else A (atoms, features) and x.
+struct Ista {
+  bool is_double, use_gram, momentum;
+  const void *matrix, *target, *l1, *init;
+  double step;
+  int64_t samples, atoms, features, max_iter;
+  void *codes;
+  void *packed, *memory;  // scratch: IstaSizes::packed numbers, and `workspaces` times IstaSizes::memory
+  int64_t workspaces;
+};
+struct IstaSizes {
+  int64_t packed, memory;
+};
+
+// Updates a block of atoms, one after the other, in place.
+struct DictionarySweep {
+  bool is_double, sphere, positive;
+  void *atoms, *gradient;  // (atom_count, features); the gradient is B - A D of these rows, and is spent
+  const void *gram;        // (atom_count, atom_count) with rows gram_stride apart
+  const bool *used;        // (atom_count)
+  int64_t atom_count, features, gram_stride;
+};
+
 struct Kernels {
   const char *isa;
   void (*gaussian_forward)(const Gaussian &, const GaussianOutputs &);
@@ -97,6 +145,12 @@ struct Kernels {
   int64_t (*pack_words)(const WordPacking &);
   void (*lstm_forward)(const LSTMForward &);
   void (*lstm_backward)(const LSTMBackward &);
+  void (*sparse_encode)(const SparseEncode &);
+  void (*sparse_solve_support)(const SparseSupport &);
+  int64_t (*sparse_workspace)(bool is_double, int64_t atoms, int64_t capacity);  // bytes
+  void (*ista)(const Ista &);
+  IstaSizes (*ista_sizes)(const Ista &);
+  void (*dictionary_sweep)(const DictionarySweep &);
 };
 
 const Kernels &kernels();             // the chosen table

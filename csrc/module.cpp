@@ -128,4 +128,50 @@ PYBIND11_MODULE(_C, m) {
                                  at(grad_gates), at(grad_static_gates), at(grad_h0), at(grad_c0), at(packed_weight)});
       },
       release);
+
+  m.def(
+      "sparse_encode",
+      [](bool is_double, Address gram, Address products, Address squared, Address l1, Address weights, Address init,
+         double l2, double tol, bool positive, int64_t samples, int64_t atoms, int64_t max_iter, int64_t first_atoms,
+         int64_t capacity, Address codes, Address gap, Address iterations, Address status, Address memory,
+         int64_t workspaces) {
+        kernels().sparse_encode({is_double, at(gram), at(products), at(squared), at(l1), at(weights), at(init), l2, tol,
+                                 positive, samples, atoms, max_iter, first_atoms, capacity, at(codes), at(gap),
+                                 integers(iterations), static_cast<int8_t *>(at(status)), at(memory), workspaces});
+      },
+      release);
+  m.def("sparse_workspace", [](bool is_double, int64_t atoms, int64_t capacity) {
+    return kernels().sparse_workspace(is_double, atoms, capacity);
+  });
+  m.def(
+      "sparse_solve_support",
+      [](bool is_double, Address gram, Address codes, Address grad, double l2, int64_t samples, int64_t atoms,
+         int64_t capacity, Address solution, Address memory, int64_t workspaces) {
+        kernels().sparse_solve_support({is_double, at(gram), at(codes), at(grad), l2, samples, atoms, capacity,
+                                        at(solution), at(memory), workspaces});
+      },
+      release);
+  m.def("ista_sizes", [](bool is_double, bool use_gram, int64_t atoms, int64_t features) {
+    Ista p{};
+    p.is_double = is_double, p.use_gram = use_gram, p.atoms = atoms, p.features = features;
+    const IstaSizes sizes = kernels().ista_sizes(p);
+    return py::make_tuple(sizes.packed, sizes.memory);
+  });
+  m.def(
+      "ista",
+      [](bool is_double, bool use_gram, bool momentum, Address matrix, Address target, Address l1, Address init,
+         double step, int64_t samples, int64_t atoms, int64_t features, int64_t max_iter, Address codes, Address packed,
+         Address memory, int64_t workspaces) {
+        kernels().ista({is_double, use_gram, momentum, at(matrix), at(target), at(l1), at(init), step, samples, atoms,
+                        features, max_iter, at(codes), at(packed), at(memory), workspaces});
+      },
+      release);
+  m.def(
+      "dictionary_sweep",
+      [](bool is_double, bool sphere, bool positive, Address atoms, Address gradient, Address gram, Address used,
+         int64_t atom_count, int64_t features, int64_t gram_stride) {
+        kernels().dictionary_sweep({is_double, sphere, positive, at(atoms), at(gradient), at(gram),
+                                    static_cast<const bool *>(at(used)), atom_count, features, gram_stride});
+      },
+      release);
 }

@@ -12,6 +12,12 @@ void cross_entropy_block(const CrossEntropyBlock &);
 int64_t pack_words(const WordPacking &);
 void lstm_forward(const LSTMForward &);
 void lstm_backward(const LSTMBackward &);
+void sparse_encode(const SparseEncode &);
+void sparse_solve_support(const SparseSupport &);
+int64_t sparse_workspace(bool is_double, int64_t atoms, int64_t capacity);
+void ista(const Ista &);
+IstaSizes ista_sizes(const Ista &);
+void dictionary_sweep(const DictionarySweep &);
 
 extern const Kernels table;
 const Kernels table = {
@@ -22,6 +28,12 @@ const Kernels table = {
     pack_words,
     lstm_forward,
     lstm_backward,
+    sparse_encode,
+    sparse_solve_support,
+    sparse_workspace,
+    ista,
+    ista_sizes,
+    dictionary_sweep,
 };
 
 }  // namespace fastvae::FASTVAE_ISA

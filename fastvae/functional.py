@@ -1,7 +1,37 @@
 """The public functions, gathered from :mod:`fastvae.ops`."""
 
 from fastvae.ops.cross_entropy import linear_cross_entropy
+from fastvae.ops.dictionary import dictionary_update
 from fastvae.ops.gaussian import gaussian_kl, gaussian_sample_kl
 from fastvae.ops.lstm import lstm_decode
+from fastvae.ops.sparse import (
+    duality_gap,
+    fista,
+    ista,
+    ista_step,
+    kkt_violation,
+    lambda_max,
+    soft_threshold,
+    sparse_encode,
+    sparse_value,
+)
+from fastvae.ops.top_k import top_k_decode, top_k_encode
 
-__all__ = ["gaussian_kl", "gaussian_sample_kl", "linear_cross_entropy", "lstm_decode"]
+__all__ = [
+    "dictionary_update",
+    "duality_gap",
+    "fista",
+    "gaussian_kl",
+    "gaussian_sample_kl",
+    "ista",
+    "ista_step",
+    "kkt_violation",
+    "lambda_max",
+    "linear_cross_entropy",
+    "lstm_decode",
+    "soft_threshold",
+    "sparse_encode",
+    "sparse_value",
+    "top_k_decode",
+    "top_k_encode",
+]

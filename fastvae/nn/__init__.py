@@ -2,5 +2,16 @@
 
 from fastvae.nn.gaussian import GaussianHead, GaussianPosterior
 from fastvae.nn.lstm import DecoderModules, LSTMDecoder, LSTMEncoder
+from fastvae.nn.sparse import LISTA, SparseAutoEncoder, SparseAutoEncoderOutput, SparseCoding
 
-__all__ = ["DecoderModules", "GaussianHead", "GaussianPosterior", "LSTMDecoder", "LSTMEncoder"]
+__all__ = [
+    "LISTA",
+    "DecoderModules",
+    "GaussianHead",
+    "GaussianPosterior",
+    "LSTMDecoder",
+    "LSTMEncoder",
+    "SparseAutoEncoder",
+    "SparseAutoEncoderOutput",
+    "SparseCoding",
+]

@@ -38,7 +38,7 @@ def _load_core() -> tuple[ModuleType | None, str]:
 
 CORE, CORE_MISSING = _load_core()
 TRITON_MISSING = "" if importlib.util.find_spec("triton") else "Triton is not installed; pip install 'fastvae[gpu]'"
-_OPS: dict[str, bool] = {}  # name: whether a Triton kernel exists
+_OPS: dict[str, tuple[bool, bool]] = {}  # name: whether a C++ and a Triton kernel exist
 
 if CORE is None:
     warnings.warn(f"fastvae: CPU ops run on the slower reference path: {CORE_MISSING}", stacklevel=2)
@@ -52,10 +52,15 @@ def cpu_isa() -> str | None:
 def describe() -> list[Backend]:
     """List, for each op and device, the backend that serves it and the reason."""
     rows = []
-    for op, has_kernel in _OPS.items():
-        cpu = ("C++", f"instruction set {cpu_isa()}") if CORE else ("reference", CORE_MISSING)
-        if not has_kernel:
-            cuda = ("reference", "other devices go through another op")
+    for op, (on_cpu, on_cuda) in _OPS.items():
+        if not on_cpu:
+            cpu = ("reference", "made of PyTorch's own products; there is no kernel to gain by")
+        elif CORE:
+            cpu = ("C++", f"instruction set {cpu_isa()}")
+        else:
+            cpu = ("reference", CORE_MISSING)
+        if not on_cuda:
+            cuda = ("reference", "no Triton kernel")
         elif TRITON_MISSING:
             cuda = ("reference", TRITON_MISSING)
         else:
@@ -82,7 +87,7 @@ def register(
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    cpu: Callable[..., Any],
+    cpu: Callable[..., Any] | None,
     cuda: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
     """Define ``fastvae::<schema>`` with one implementation per backend and return the callable op.
@@ -91,18 +96,18 @@ def register(
         schema: a ``torch.library`` schema, such as ``"double(Tensor x) -> Tensor"``.
         reference: eager PyTorch implementation, used on every device without a kernel.
         fake: shape function for tracing.
-        cpu: implementation over the C++ core.
+        cpu: implementation over the C++ core; None where only the reference exists.
         cuda: implementation over Triton; None where only the reference exists.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, _owning(reference), "CompositeExplicitAutograd")
-    if CORE is not None:
+    if cpu is not None and CORE is not None:
         LIBRARY.impl(name, cpu, "CPU")
     if cuda is not None and not TRITON_MISSING:
         LIBRARY.impl(name, _owning(cuda), "CUDA")  # may hand float64 to the reference
     torch.library.register_fake(f"fastvae::{name}", fake, lib=LIBRARY)
-    _OPS[name] = cuda is not None
+    _OPS[name] = cpu is not None, cuda is not None
     op = getattr(torch.ops.fastvae, name).default
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, _outside_autocast(op, device.lower()), f"Autocast{device}")
@@ -111,16 +116,17 @@ def register(
 
 def _owning(implementation: Callable[..., Any]) -> Callable[..., Any]:
     # Plain torch code keeps its inputs' strides and, as in a sum's gradient, hands tensors through. An op may not.
-    def call(*args: Any) -> tuple[torch.Tensor, ...]:
+    def call(*args: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         taken = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
-        outputs = []
-        for output in implementation(*args):
+        outputs, result = [], implementation(*args)
+        single = isinstance(result, torch.Tensor)
+        for output in (result,) if single else result:
             own = output.contiguous()
             if own.untyped_storage().data_ptr() in taken:
                 own = own.clone()
             taken.add(own.untyped_storage().data_ptr())
             outputs.append(own)
-        return tuple(outputs)
+        return outputs[0] if single else tuple(outputs)
 
     return call
 

@@ -11,7 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.functional import gaussian_kl, gaussian_sample_kl, linear_cross_entropy, lstm_decode
+from fastvae.functional import (
+    fista,
+    gaussian_kl,
+    gaussian_sample_kl,
+    ista,
+    linear_cross_entropy,
+    lstm_decode,
+    top_k_decode,
+    top_k_encode,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -57,6 +66,26 @@ def _lstm_inputs(dtype, batch):
     return tensors | {"tokens": tokens, "lengths": lengths, "seed": torch.tensor([7])}
 
 
+def _top_k_encode_inputs(dtype, batch):
+    random = torch.Generator().manual_seed(batch)
+    shapes = {"x": (batch, 33), "weight": (257, 33), "bias": (257,)}
+    return {name: torch.randn(shape, generator=random).to(dtype) for name, shape in shapes.items()}
+
+
+def _top_k_decode_inputs(dtype, batch):
+    random = torch.Generator().manual_seed(batch)
+    shapes = {"values": (batch, 7), "weight": (257, 33), "bias": (33,)}
+    tensors = {name: torch.randn(shape, generator=random).to(dtype) for name, shape in shapes.items()}
+    return tensors | {"indices": torch.randint(0, 257, (batch, 7), generator=random)}
+
+
+def _ista_inputs(dtype, batch):
+    random = torch.Generator().manual_seed(batch)
+    shapes = {"x": (batch, 33), "dictionary": (57, 33), "init": (batch, 57)}
+    tensors = {name: (0.3 * torch.randn(shape, generator=random)).to(dtype) for name, shape in shapes.items()}
+    return tensors | {"l1": torch.full((batch,), 0.1, dtype=dtype)}
+
+
 CASES = {
     "gaussian_sample_kl": Case(
         lambda **tensors: gaussian_sample_kl(**tensors, num_samples=2, reduction="none"), _gaussian_inputs
@@ -67,6 +96,24 @@ CASES = {
         lambda **tensors: (linear_cross_entropy(**tensors, reduction="none"),), _cross_entropy_inputs
     ),
     "lstm_decode": Case(lambda **tensors: lstm_decode(**tensors, word_dropout=0.4, unk_index=1), _lstm_inputs),
+    "ista": Case(lambda **tensors: (ista(**tensors, step=0.05, max_iter=6),), _ista_inputs),
+    "fista": Case(lambda **tensors: (fista(**tensors, step=0.05, max_iter=6),), _ista_inputs),
+    "top_k_encode": Case(lambda **tensors: (top_k_encode(**tensors, k=5)[0],), _top_k_encode_inputs),
+    "top_k_decode": Case(lambda **tensors: (top_k_decode(**tensors),), _top_k_decode_inputs),
+}
+
+
+# Public functions that are not one op of fixed arithmetic: solvers, which agree to their tolerance (tests/ops/
+# test_sparse.py), what PyTorch differentiates by itself, and what has no gradient.
+OTHERS = {
+    "dictionary_update",
+    "duality_gap",
+    "ista_step",
+    "kkt_violation",
+    "lambda_max",
+    "soft_threshold",
+    "sparse_encode",
+    "sparse_value",
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastvae.ops import backend as backend_module
-from fastvae.ops import cross_entropy, gaussian, lstm
+from fastvae.ops import cross_entropy, gaussian, lstm, sparse
 
 REFERENCES = {
     "gaussian_sample_kl": gaussian.reference_sample_kl,
@@ -15,6 +15,7 @@ REFERENCES = {
     "linear_cross_entropy_backward": cross_entropy.reference_backward,
     "lstm_decode": lstm._reference_op,
     "lstm_decode_backward": lstm.reference_backward,
+    "ista": sparse.reference_ista,
 }
 
 
@@ -37,12 +38,14 @@ def backend(request, monkeypatch):
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Fill fresh memory with NaN (integers: -12345): an element left unwritten shows."""
+    """Fill fresh memory with NaN (integers: -12345, bytes: 90): an element left unwritten shows."""
 
     def poisoned(empty):
         def filled(*args, **kwargs):
             tensor = empty(*args, **kwargs)
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else -12345)
+            if tensor.is_floating_point():
+                return tensor.fill_(float("nan"))
+            return tensor.fill_(-12345 if tensor.itemsize > 1 else 90)
 
         return filled
 

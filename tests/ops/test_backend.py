@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, DTYPES, results
+from cases import CASES, DTYPES, OTHERS, results
 
 import fastvae.functional
 from fastvae.ops import backend as backend_module
@@ -112,7 +112,8 @@ import torch
 from fastvae.ops import backend
 rows = backend.describe()
 assert backend.cpu_isa() is None
-assert all(row.backend == "reference" and "C++" in row.reason for row in rows if row.device == "cpu"), rows
+assert all(row.backend == "reference" for row in rows if row.device == "cpu"), rows
+assert any("C++" in row.reason for row in rows if row.device == "cpu"), rows
 from test_cross_entropy import test_opcheck as cross_entropy
 from test_gaussian import test_opcheck as gaussian
 from test_lstm import test_opcheck as lstm
@@ -149,12 +150,15 @@ def test_describe_covers_every_op_on_both_devices():
     )
     assert all(row.backend in ("C++", "Triton", "reference") and row.reason for row in rows)
     needs_core()
-    assert {row.backend for row in rows if row.device == "cpu"} == {"C++"}
-    assert all(backend_module.cpu_isa() in row.reason for row in rows if row.device == "cpu")
+    products = {"top_k_encode", "top_k_encode_backward", "top_k_decode", "top_k_decode_backward", "ista_backward"}
+    for row in rows:
+        if row.device == "cpu":
+            assert row.backend == ("reference" if row.op in products else "C++"), row
+            assert row.backend == "reference" or backend_module.cpu_isa() in row.reason
     assert "Triton" in {row.backend for row in rows if row.device == "cuda"} or backend_module.TRITON_MISSING
 
 
 def test_public_functions_are_those_of_the_ops():
-    assert set(fastvae.functional.__all__) == {name.partition(" ")[0] for name in CASES}
+    assert set(fastvae.functional.__all__) == {name.partition(" ")[0] for name in CASES} | OTHERS
     assert fastvae.functional.lstm_decode is lstm.lstm_decode
     assert fastvae.functional.linear_cross_entropy is cross_entropy.linear_cross_entropy

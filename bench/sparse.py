@@ -1,0 +1,195 @@
+"""Sparse coding on dictionaries learned from photographs: time until every sample passes a duality gap, and ISTA.
+
+Dictionaries of random atoms are several times easier and would hide the differences. The photographs come with
+scikit-learn. SPAMS, under the GPL and no dependency of ours, is compared where it is installed:
+``pip install spams-bin``.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_sample_images
+from sklearn.decomposition import sparse_encode as sklearn_encode
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.interleave import OURS, Case, WrongResultError, assert_close
+from fastvae.functional import dictionary_update, duality_gap, ista, sparse_encode
+
+PROBLEMS = [(64, 256, 0.15), (64, 256, 0.05), (144, 512, 0.1), (256, 1024, 0.075)]  # features, atoms, l1
+GAPS = [1e-2, 1e-3, 1e-4, 1e-6]
+
+
+def patches(features: int, count: int, seed: int) -> Tensor:
+    """Square patches of the photographs: mean removed, the flat ones left out, of unit norm."""
+    random, side = np.random.default_rng(seed), round(features**0.5)
+    images = [image.mean(2) / 255 for image in load_sample_images().images]
+    found: list[np.ndarray] = []
+    while sum(map(len, found)) < count:
+        image = images[random.integers(len(images))]
+        windows = np.lib.stride_tricks.sliding_window_view(image, (side, side))
+        rows, columns = (random.integers(0, n, 4096) for n in windows.shape[:2])
+        chosen = windows[rows, columns].reshape(-1, features)
+        chosen = chosen - chosen.mean(1, keepdims=True)
+        found.append(chosen[chosen.std(1) > 0.02])
+    chosen = np.concatenate(found)[:count]
+    return torch.from_numpy(chosen / np.linalg.norm(chosen, axis=1, keepdims=True)).float()
+
+
+@functools.cache
+def learned(features: int, atoms: int, l1: float) -> Tensor:
+    """A dictionary from two epochs over 20,000 patches (Mairal et al. 2009)."""
+    x = patches(features, 20_000, seed=0)
+    dictionary = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:atoms]].clone()
+    code_gram, cross = torch.zeros(atoms, atoms), torch.zeros(atoms, features)
+    for _ in range(2):
+        for batch in x.split(512):
+            codes = sparse_encode(batch, dictionary, l1, tol=1e-3)
+            code_gram, cross = 0.98 * code_gram + codes.T @ codes, 0.98 * cross + codes.T @ batch
+            dictionary = dictionary_update(dictionary, code_gram, cross)
+    return dictionary
+
+
+def cases() -> Iterator[Case]:
+    for features, atoms, l1 in PROBLEMS:
+        for gap in GAPS:
+            yield _encode_case(features, atoms, l1, 1000, gap)
+        yield _encode_case(features, atoms, l1, 16_000, 1e-4)
+    yield _ista_case(1024, 64, 256, 100)
+
+
+def _encode_case(features: int, atoms: int, l1: float, samples: int, gap: float) -> Case:
+    x, dictionary = patches(features, samples, seed=1), learned(features, atoms, l1)
+    contenders: dict[str, Callable[[], Any]] = {OURS: lambda: sparse_encode(x, dictionary, l1, tol=gap)}
+    if importlib.util.find_spec("spams"):
+        contenders |= _spams(x, dictionary, l1, gap)
+    if samples == 1000 and gap == 1e-4:
+        contenders |= _fista(x, dictionary, l1, gap)
+        doubles = x.double().numpy(), dictionary.double().numpy()
+        # In float32 its tolerance is out of its reach.
+        contenders["scikit-learn lasso_cd, float64"] = lambda: sklearn_encode(
+            *doubles, algorithm="lasso_cd", alpha=l1, n_jobs=torch.get_num_threads(), max_iter=100_000
+        )
+
+    def check(name: str) -> None:
+        reached = _gap(contenders[name](), x, dictionary, l1)
+        if not reached <= 1.05 * gap:
+            raise WrongResultError(f"{name}: a sample's gap is {reached:.2g}, more than {gap:g}")
+
+    return Case(
+        "sparse",
+        f"{samples:,} patches, {features} features, {atoms} atoms, l1 {l1:g}, gap {gap:g}",
+        "forward",
+        contenders,
+        check,
+        flops=2.0 * samples * features * atoms,
+        bytes=4.0 * (samples * (features + atoms) + features * atoms),
+    )
+
+
+def _gap(codes: Any, x: Tensor, dictionary: Tensor, l1: float) -> float:
+    """Largest relative gap, recomputed in float64."""
+    if not isinstance(codes, Tensor):
+        dense = codes.T.toarray() if hasattr(codes, "toarray") else codes
+        codes = torch.from_numpy(np.ascontiguousarray(dense))
+    x, dictionary = x.double(), dictionary.double()
+    return (duality_gap(x, dictionary, codes.double(), l1) / x.square().sum(1)).max().item()
+
+
+def _spams(x: Tensor, dictionary: Tensor, l1: float, gap: float) -> dict[str, Callable[[], Any]]:
+    import scipy.sparse
+    import spams
+
+    columns, atoms = x.numpy().T, dictionary.numpy().T  # Fortran order, as it wants them, without a copy
+    start = scipy.sparse.csc_matrix((atoms.shape[1], columns.shape[1]), dtype=np.float32)
+
+    def lars() -> Any:
+        return spams.lasso(columns, D=atoms, lambda1=l1, mode=2, numThreads=torch.get_num_threads())
+
+    def descent(tol: float) -> Any:
+        return spams.cd(
+            columns, atoms, start, lambda1=l1, mode=2, itermax=10_000, tol=tol, numThreads=torch.get_num_threads()
+        )
+
+    found: dict[str, Callable[[], Any]] = {}
+    if _gap(lars(), x, dictionary, l1) <= gap:
+        found["SPAMS LARS"] = lars
+    for tol in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
+        if _gap(descent(tol), x, dictionary, l1) <= gap:
+            found["SPAMS CD"] = functools.partial(descent, tol)
+            break
+    return found
+
+
+def _fista(x: Tensor, dictionary: Tensor, l1: float, gap: float) -> dict[str, Callable[[], Any]]:
+    """The batched loop a user would write, in Gram form, for as many iterations as the slowest sample needs."""
+
+    def step(point: Tensor, codes: Tensor, gram: Tensor, products: Tensor, size: float, beta: float) -> Any:
+        new = F.softshrink(point + size * (products - point @ gram), size * l1)
+        return new + beta * (new - codes), new
+
+    def solve(step: Callable[..., Any], iterations: int) -> Tensor:
+        gram, products = dictionary @ dictionary.T, x @ dictionary.T
+        size = 1 / torch.linalg.matrix_norm(dictionary, 2).item() ** 2
+        point = codes = torch.zeros_like(products)
+        t = torch.tensor(1.0)
+        for _ in range(iterations):
+            t_next = 0.5 * (1 + torch.sqrt(1 + 4 * t * t))
+            point, codes = step(point, codes, gram, products, size, (t - 1) / t_next)
+            t = t_next
+        return codes
+
+    iterations = 25
+    while _gap(solve(step, iterations), x, dictionary, l1) > gap:
+        iterations = round(1.25 * iterations)
+    compiled = torch.compile(step, fullgraph=True, dynamic=False)
+    return {"eager": lambda: solve(step, iterations), "torch.compile": lambda: solve(compiled, iterations)}
+
+
+def _ista_case(samples: int, features: int, atoms: int, iterations: int) -> Case:
+    x, dictionary, l1 = patches(features, samples, seed=1), learned(features, atoms, 0.15), 0.15
+    size = 1 / torch.linalg.matrix_norm(dictionary, 2).item() ** 2
+
+    def gram_form(codes: Tensor, shift: Tensor, matrix: Tensor) -> Tensor:
+        for _ in range(iterations):
+            codes = F.softshrink(torch.addmm(shift, codes, matrix), size * l1)
+        return codes
+
+    def residual_form(codes: Tensor) -> Tensor:
+        for _ in range(iterations):
+            residual = torch.addmm(x, codes, dictionary, alpha=-1)
+            codes = F.softshrink(torch.addmm(codes, residual, dictionary.T, alpha=size), size * l1)
+        return codes
+
+    def run(form: Callable[..., Tensor]) -> Tensor:
+        zero = x.new_zeros(samples, atoms)
+        if form is not gram_form:
+            return form(zero)
+        return form(zero, size * (x @ dictionary.T), torch.eye(atoms) - size * (dictionary @ dictionary.T))
+
+    contenders: dict[str, Callable[[], Any]] = {
+        OURS: lambda: ista(x, dictionary, l1, step=size, max_iter=iterations),
+        "eager": lambda: run(gram_form),
+        "eager, residual form": lambda: run(residual_form),
+        "torch.compile": functools.partial(run, torch.compile(residual_form, fullgraph=True, dynamic=False)),
+    }
+
+    def check(name: str) -> None:
+        a, codes = dictionary.double(), torch.zeros(samples, atoms, dtype=torch.float64)
+        for _ in range(iterations):
+            codes = F.softshrink(codes + size * (x.double() - codes @ a) @ a.T, size * l1)
+        assert_close(name, "codes", contenders[name](), codes)
+
+    return Case(
+        "sparse",
+        f"ISTA, {samples:,} patches, {features} features, {atoms} atoms, {iterations} iterations",
+        "forward",
+        contenders,
+        check,
+        flops=iterations * samples * min(4.0 * features * atoms, 2.0 * atoms * atoms),
+        bytes=4.0 * samples * (features + atoms),
+    )

@@ -1,0 +1,554 @@
+// Sparse coding: coordinate descent on a working set, ISTA and FISTA, and the solves of the implicit gradient
+// (fastvae/ops/sparse.py holds the definitions).
+//
+// Coordinate descent, a sample: the gradient of all atoms costs nnz * atoms multiply-adds from rows of the Gram matrix,
+// which should stay in the second-level cache (atoms <= 512 or so; beyond, nnz * atoms * 4 bytes of the third level are
+// the limit). All else happens on the working set, some times the support in size, whose Gram block lies in the first
+// level: sweeps of coordinate descent, bound by their own latency, and exact solves on the support, nnz^3 / 6.
+//
+// ISTA: 4 * atoms * features FLOPs a sample and iteration, or 2 * atoms^2 with the Gram matrix; a block of samples stays
+// in the first level through all iterations, the packed dictionary in the second: bound by multiply-adds.
+#include "gemm.h"
+#include "vecmath.h"
+
+namespace fastvae::FASTVAE_ISA {
+namespace {
+
+template <typename T>
+FASTVAE_INLINE T absolute(T x) {
+  return x < T(0) ? -x : x;
+}
+template <typename T>
+FASTVAE_INLINE T shrink(T x, T threshold, bool positive) {
+  const T above = x - threshold, below = positive ? T(0) : x + threshold;
+  return above > T(0) ? above : below < T(0) ? below : T(0);
+}
+
+template <typename T>
+FASTVAE_INLINE void add_scaled(T *__restrict to, T factor, const T *__restrict from, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] += factor * from[i];
+}
+// Lanes: arrays of the working set are read and written 16 numbers at a time, without remainder loops.
+constexpr int64_t kLane = 16;
+template <typename T>
+struct LaneOf {
+  typedef T type __attribute__((vector_size(kLane * sizeof(T)), aligned(sizeof(T)), may_alias));
+};
+template <typename T>
+using Lane = typename LaneOf<T>::type;
+template <typename T>
+FASTVAE_INLINE Lane<T> &lane(T *at) {
+  return *reinterpret_cast<Lane<T> *>(at);
+}
+template <typename T>
+FASTVAE_INLINE Lane<T> lane(const T *at) {
+  return *reinterpret_cast<const Lane<T> *>(at);
+}
+template <typename T>
+FASTVAE_INLINE T sum_of(Lane<T> x) {
+  T sum = 0;
+  for (int64_t j = 0; j < kLane; ++j) sum += x[j];
+  return sum;
+}
+template <typename T>
+FASTVAE_INLINE T largest_of(Lane<T> x) {
+  T largest = x[0];
+  for (int64_t j = 1; j < kLane; ++j) largest = max<T>(largest, x[j]);
+  return largest;
+}
+FASTVAE_INLINE int64_t padded(int64_t count) { return (count + kLane - 1) / kLane * kLane; }
+
+template <typename T>
+FASTVAE_INLINE void add_scaled_lanes(T *to, T factor, const T *from, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLane) lane(to + i) += factor * lane(from + i);
+}
+template <typename T>
+FASTVAE_INLINE T dot(const T *__restrict a, const T *__restrict b, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// Upper Cholesky factor in place of the upper triangle of a (n, n) matrix, the reciprocal diagonal in `inverse`; the lower
+// triangle is overwritten. A pivot that rounding has eaten ends it: returns false.
+template <typename T>
+bool factorise(T *a, int64_t n, int64_t stride, T *inverse) {
+  const T tiny = sizeof(T) == 8 ? T(1e-12) : T(1e-5);
+  for (int64_t j = 0; j < n; ++j) inverse[j] = a[j * stride + j];
+  for (int64_t j = 0; j < n; ++j) {
+    T *__restrict row = a + j * stride;
+    if (!(row[j] > tiny * inverse[j])) return false;
+    inverse[j] = T(1) / std::sqrt(row[j]);
+#pragma omp simd
+    for (int64_t k = j; k < n; ++k) row[k] *= inverse[j];
+    for (int64_t i = j + 1; i < n; ++i) {
+      const int64_t from = i / kLane * kLane;
+      add_scaled_lanes(a + i * stride + from, -row[i], row + from, padded(n) - from);
+    }
+  }
+  return true;
+}
+template <typename T>
+void solve_factorised(const T *a, int64_t n, int64_t stride, const T *inverse, T *x) {
+  for (int64_t j = 0; j < n; ++j) {
+    x[j] *= inverse[j];
+    add_scaled(x + j + 1, -x[j], a + j * stride + j + 1, n - j - 1);
+  }
+  for (int64_t j = n - 1; j >= 0; --j) {
+    x[j] = (x[j] - dot(a + j * stride + j + 1, x + j + 1, n - j - 1)) * inverse[j];
+  }
+}
+
+// Solves a x = x in place for the positive semidefinite matrix that fill(i, row) writes, row i from its diagonal on, into
+// `a`. Dependent atoms (duplicates, say) have no inverse: a growing ridge then chooses among the solutions.
+template <typename T, typename Fill>
+FASTVAE_INLINE void solve_regularised(T *a, int64_t n, int64_t stride, T *inverse, T *x, Fill fill) {
+  for (T ridge = 0;; ridge = ridge == T(0) ? T(1e-6) : ridge * T(10)) {
+    for (int64_t i = 0; i < n; ++i) {
+      fill(i, a + i * stride);
+      a[i * stride + i] *= T(1) + ridge;
+    }
+    if (factorise(a, n, stride, inverse) || ridge > T(1)) break;
+  }
+  solve_factorised(a, n, stride, inverse, x);
+}
+
+// What one thread works with. The working set has `size` atoms; `gram` is their block of A A' + l2 I. Entries beyond
+// `size` up to the next multiple of 16 are touched but never used.
+template <typename T>
+struct Workspace {
+  T *c, *score;          // (atoms): c = A (x - h A) - l2 h; how far beyond its threshold an atom outside the set is
+  T *gram, *factor;      // (capacity, stride)
+  T *h, *q, *b;          // (capacity): codes, c and A x of the set
+  T *threshold, *scale;  // (capacity): l1 weight, and one over it
+  T *move, *inverse;     // (capacity)
+  T *unit;               // (capacity): one over the diagonal of `gram`
+  int32_t *atom, *support, *best;
+  int64_t size = 0, capacity, stride;
+
+  Workspace(char *memory, int64_t m, int64_t capacity) : capacity(capacity), stride(padded(capacity)) {
+    std::memset(memory, 0, size_t(bytes(m, capacity)));
+    const auto take = [&](int64_t count) {
+      T *at = reinterpret_cast<T *>(memory);
+      memory += padded(count) * int64_t(sizeof(T));
+      return at;
+    };
+    c = take(m), score = take(m);
+    gram = take(capacity * stride), factor = take(capacity * stride);
+    h = take(capacity), q = take(capacity), b = take(capacity);
+    threshold = take(capacity), scale = take(capacity), move = take(capacity), inverse = take(capacity);
+    unit = take(capacity);
+    atom = reinterpret_cast<int32_t *>(take(capacity)), support = reinterpret_cast<int32_t *>(take(capacity));
+    best = reinterpret_cast<int32_t *>(take(capacity));
+  }
+  static int64_t bytes(int64_t m, int64_t capacity) {
+    return int64_t(sizeof(T)) * (2 * padded(m) + 2 * capacity * padded(capacity) + 11 * padded(capacity) + 64);
+  }
+};
+
+template <typename T>
+struct Sample {
+  const SparseEncode &p;
+  Workspace<T> &w;
+  const T *gram, *weights, *products;
+  T squared, l1;
+  int64_t sweeps = 0;
+
+  T weight(int64_t j) const { return weights ? weights[j] : T(1); }
+
+  // `excess` is the largest |c| over its threshold, of all atoms for a certificate, of the set for the problem
+  // restricted to it.
+  T gap(T excess) const {
+    const T s = excess > T(1) ? T(1) / excess : T(1);
+    Lane<T> residual = {}, penalty = {};
+    for (int64_t i = 0; i < w.size; i += kLane) {
+      const Lane<T> h = lane(w.h + i), q = lane(w.q + i), size = h < T(0) ? -h : h;
+      residual += h * (lane(w.b + i) + q);
+      penalty += lane(w.threshold + i) * size - s * (q * h);
+    }
+    const T missing = max(T(0), squared - sum_of<T>(residual));
+    return T(0.5) * (T(1) - s) * (T(1) - s) * missing + max(T(0), sum_of<T>(penalty));
+  }
+  T gap_of_set() const {
+    Lane<T> excess = {};
+    for (int64_t i = 0; i < w.size; i += kLane) {
+      const Lane<T> q = lane(w.q + i), size = p.positive ? q : (q < T(0) ? -q : q), ratio = size * lane(w.scale + i);
+      excess = ratio > excess ? ratio : excess;
+    }
+    return gap(largest_of<T>(excess));
+  }
+
+  void add(int64_t j, T code) {
+    const int64_t at = w.size++, m = p.atoms;
+    T *row = w.gram + at * w.stride;
+    for (int64_t i = 0; i <= at; ++i) {
+      if (i == at) w.atom[i] = int32_t(j);
+      const T value = gram[j * m + w.atom[i]];
+      row[i] = value, w.gram[i * w.stride + at] = value;
+    }
+    row[at] += T(p.l2);
+    w.unit[at] = T(1) / row[at];
+    w.h[at] = code, w.b[at] = products[j], w.q[at] = w.c[j];
+    w.threshold[at] = l1 * weight(j), w.scale[at] = T(1) / w.threshold[at];
+  }
+
+  // c of every atom, afresh from the codes.
+  void correlate() {
+    const int64_t m = p.atoms;
+    T *__restrict c = w.c;
+    std::memcpy(c, products, size_t(m) * sizeof(T));
+    const T *rows[4];
+    T codes[4];
+    int count = 0;
+    const auto subtract = [&] {
+      const T *__restrict r0 = rows[0], *__restrict r1 = rows[1], *__restrict r2 = rows[2], *__restrict r3 = rows[3];
+      const T h0 = codes[0], h1 = codes[1], h2 = codes[2], h3 = codes[3];
+#pragma omp simd
+      for (int64_t j = 0; j < m; ++j) c[j] -= (h0 * r0[j] + h1 * r1[j]) + (h2 * r2[j] + h3 * r3[j]);
+      count = 0;
+    };
+    for (int64_t i = 0; i < w.size; ++i) {
+      if (w.h[i] == T(0)) continue;
+      rows[count] = gram + int64_t(w.atom[i]) * m, codes[count] = w.h[i];
+      if (++count == 4) subtract();
+    }
+    if (count) {
+      for (; count < 4; ++count) rows[count] = rows[0], codes[count] = T(0);
+      subtract();
+    }
+    for (int64_t i = 0; i < w.size; ++i) {
+      w.c[w.atom[i]] -= T(p.l2) * w.h[i];
+      w.q[i] = w.c[w.atom[i]];
+    }
+  }
+
+  // Scores the atoms by how far they are beyond their thresholds, those of the set below all; returns the largest |c|
+  // over its threshold of all.
+  T score() {
+    const int64_t m = p.atoms;
+    const bool positive = p.positive;
+    T excess = 0;
+    const T *__restrict c = w.c, *__restrict factors = weights;
+    T *__restrict to = w.score;
+    if (weights) {
+#pragma omp simd reduction(max : excess)
+      for (int64_t j = 0; j < m; ++j) {
+        const T size = positive ? c[j] : absolute(c[j]), threshold = l1 * factors[j], ratio = size / threshold;
+        excess = ratio > excess ? ratio : excess;
+        to[j] = size - threshold;
+      }
+    } else {
+      const T threshold = l1;
+#pragma omp simd reduction(max : excess)
+      for (int64_t j = 0; j < m; ++j) {
+        const T size = positive ? c[j] : absolute(c[j]);
+        excess = size > excess ? size : excess;
+        to[j] = size - threshold;
+      }
+      excess /= threshold;
+    }
+    for (int64_t i = 0; i < w.size; ++i) to[w.atom[i]] = T(-1);
+    return excess;
+  }
+
+  // Adds the `count` atoms of the highest positive scores; returns how many there were.
+  int64_t grow(int64_t count) {
+    int32_t *heap = w.best;  // a min-heap by score
+    int64_t held = 0;
+    const auto sink = [&](int64_t i) {
+      for (int64_t child; (child = 2 * i + 1) < held; i = child) {
+        if (child + 1 < held && w.score[heap[child + 1]] < w.score[heap[child]]) ++child;
+        if (!(w.score[heap[child]] < w.score[heap[i]])) return;
+        const int32_t swapped = heap[i];
+        heap[i] = heap[child], heap[child] = swapped;
+      }
+    };
+    T least = 0;
+    for (int64_t j = 0; j < p.atoms; ++j) {
+      if (j % kLane == 0) {
+        while (j < p.atoms && !(largest_of<T>(lane(w.score + j)) > least)) j += kLane;
+        if (j >= p.atoms) break;
+      }
+      if (!(w.score[j] > least)) continue;
+      if (held < count) {
+        heap[held++] = int32_t(j);
+        if (held < count) continue;
+        for (int64_t i = held / 2; i-- > 0;) sink(i);
+      } else {
+        heap[0] = int32_t(j);
+        sink(0);
+      }
+      least = w.score[heap[0]];
+    }
+    for (int64_t i = 0; i < held; ++i) add(heap[i], T(0));
+    return held;
+  }
+
+  // What lies in the lanes beyond the set must count for nothing.
+  void clear() {
+    for (int64_t i = 0; i < w.size; i += kLane) lane(w.h + i) = lane(w.threshold + i) = lane(w.scale + i) = Lane<T>{};
+    w.size = 0;
+  }
+
+  void drop_zeros() {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < w.size; ++i) {
+      if (w.h[i] != T(0)) w.best[kept] = w.atom[i], w.move[kept++] = w.h[i];
+    }
+    clear();
+    for (int64_t i = 0; i < kept; ++i) add(w.best[i], w.move[i]);
+  }
+
+  void sweep() {
+    const int64_t n = w.size, lanes = padded(n);
+    T *__restrict q = w.q;
+    for (int64_t i = 0; i < n; ++i) {
+      const T *__restrict row = w.gram + i * w.stride;
+      const T old = w.h[i], code = shrink(q[i] + old * row[i], w.threshold[i], p.positive) * w.unit[i];
+      if (code == old) continue;
+      w.h[i] = code;
+      add_scaled_lanes(q, old - code, row, lanes);
+    }
+    ++sweeps;
+  }
+
+  // Moves towards the exact solution for the present support and signs, as far as no sign changes.
+  void exact_step() {
+    int64_t n = 0;
+    for (int64_t i = 0; i < w.size; ++i) {
+      if (w.h[i] != T(0)) w.support[n++] = int32_t(i);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = w.support[i];
+      w.move[i] = w.q[at] - (w.h[at] > T(0) ? w.threshold[at] : -w.threshold[at]);
+    }
+    solve_regularised(w.factor, n, w.stride, w.inverse, w.move, [&](int64_t i, T *row) {
+      const T *from = w.gram + w.support[i] * w.stride;
+      for (int64_t k = i; k < n; ++k) row[k] = from[w.support[k]];
+    });
+    ++sweeps;
+    T length = 1;
+    int64_t blocking = -1;
+    for (int64_t i = 0; i < n; ++i) {
+      const T code = w.h[w.support[i]];
+      if (code * (code + w.move[i]) < T(0) && -code / w.move[i] < length) length = -code / w.move[i], blocking = i;
+    }
+    const int64_t lanes = padded(w.size);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = w.support[i];
+      const T old = w.h[at];
+      w.h[at] = i == blocking ? T(0) : old + length * w.move[i];
+      add_scaled_lanes(w.q, old - w.h[at], w.gram + at * w.stride, lanes);
+    }
+  }
+
+  bool solve(const T *init, T *codes, T *gap_out) {
+    const int64_t m = p.atoms;
+    const T target = T(p.tol) * squared;
+    clear();
+    for (int64_t j = m; j < padded(m); ++j) w.score[j] = T(-1);
+    for (int64_t j = 0; init && j < m && w.size < w.capacity; ++j) {
+      const bool allowed = p.positive ? init[j] > T(0) : init[j] != T(0);
+      if (allowed && gram[j * m + j] > T(0)) add(j, init[j]);
+    }
+    bool converged = false;
+    T reached = 0, lowest = 0;
+    for (int64_t round = 0, stalled = 0;; ++round) {
+      correlate();
+      reached = gap(score());
+      converged = reached <= target;
+      stalled = round == 0 || reached < T(0.9) * lowest ? 0 : stalled + 1;
+      if (stalled == 0) lowest = reached;
+      if (converged || sweeps >= p.max_iter || stalled >= 10) break;
+      if (w.size == w.capacity) drop_zeros();
+      grow(min(w.capacity - w.size, max<int64_t>(p.first_atoms, w.size * 3 / 4)));
+      // The restricted problem need be no better than what the rest leaves open; when stalled, it is.
+      const T enough = stalled ? T(0.1) * target : max(T(0.1) * reached, T(0.3) * target);
+      // An exact step costs some size / 6 sweeps.
+      const int64_t every = max<int64_t>(3, min<int64_t>(w.size / 6, 30));
+      for (int64_t limit = min(sweeps + 100, p.max_iter), i = 1; sweeps < limit; ++i) {
+        i % every == 0 ? exact_step() : sweep();
+        if (gap_of_set() <= enough) break;
+      }
+    }
+    std::memset(codes, 0, size_t(m) * sizeof(T));
+    for (int64_t i = 0; i < w.size; ++i) codes[w.atom[i]] = w.h[i];
+    *gap_out = squared > T(0) ? reached / squared : T(0);
+    return converged;
+  }
+};
+
+template <typename T>
+void encode(const SparseEncode &p) {
+  const T *products = static_cast<const T *>(p.products), *squared = static_cast<const T *>(p.squared);
+  const T *l1 = static_cast<const T *>(p.l1), *init = static_cast<const T *>(p.init);
+  T *codes = static_cast<T *>(p.codes), *gap = static_cast<T *>(p.gap);
+  const int threads = int(min<int64_t>(threads_for(p.samples, 4), p.workspaces));
+#pragma omp parallel num_threads(threads)
+  {
+    Workspace<T> work(static_cast<char *>(p.memory) + thread_index() * Workspace<T>::bytes(p.atoms, p.capacity),
+                      p.atoms, p.capacity);
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t i = 0; i < p.samples; ++i) {
+      Sample<T> sample{p, work, static_cast<const T *>(p.gram), static_cast<const T *>(p.weights),
+                       products + i * p.atoms, squared[i], l1[i]};
+      const bool converged = sample.solve(init ? init + i * p.atoms : nullptr, codes + i * p.atoms, gap + i);
+      p.iterations[i] = sample.sweeps;
+      p.status[i] = converged ? 0 : 1;
+    }
+  }
+}
+
+// For each sample: solves (G_SS + l2 I) v = g on the support S of its codes; v is zero elsewhere.
+template <typename T>
+void solve_support(const SparseSupport &p) {
+  const int64_t m = p.atoms;
+  const T *gram = static_cast<const T *>(p.gram);
+  const int threads = int(min<int64_t>(threads_for(p.samples, 4), p.workspaces));
+#pragma omp parallel num_threads(threads)
+  {
+    Workspace<T> w(static_cast<char *>(p.memory) + thread_index() * Workspace<T>::bytes(m, p.capacity), m, p.capacity);
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t s = 0; s < p.samples; ++s) {
+      const T *codes = static_cast<const T *>(p.codes) + s * m, *g = static_cast<const T *>(p.grad) + s * m;
+      T *solution = static_cast<T *>(p.solution) + s * m;
+      int64_t n = 0;
+      for (int64_t j = 0; j < m; ++j) {
+        if (codes[j] != T(0)) w.atom[n++] = int32_t(j);
+      }
+      for (int64_t i = 0; i < n; ++i) w.move[i] = g[w.atom[i]];
+      solve_regularised(w.factor, n, w.stride, w.inverse, w.move, [&](int64_t i, T *row) {
+        for (int64_t k = i; k < n; ++k) row[k] = gram[w.atom[i] * m + w.atom[k]];
+        row[i] += T(p.l2);
+      });
+      std::memset(solution, 0, size_t(m) * sizeof(T));
+      for (int64_t i = 0; i < n; ++i) solution[w.atom[i]] = w.move[i];
+    }
+  }
+}
+
+constexpr int kIstaVectors = kAccumulators >= 24 ? 4 : 2;
+constexpr int64_t kIstaRows = 4 * (kAccumulators / kIstaVectors);
+
+// Packs a (inner, columns) matrix with the given strides for multiply_packed, blocks [first, last) of columns.
+template <typename T>
+void pack(const T *from, int64_t inner, int64_t columns, int64_t stride, int64_t step, T *to, int64_t first,
+          int64_t last) {
+  constexpr int64_t W = kIstaVectors * kWidth<T>;
+  for (int64_t block = first; block < last; ++block) {
+    for (int64_t k = 0; k < inner; ++k) {
+      for (int64_t j = 0; j < W; ++j) {
+        const int64_t column = block * W + j;
+        to[(block * inner + k) * W + j] = column < columns ? from[k * stride + column * step] : T(0);
+      }
+    }
+  }
+}
+
+template <typename T>
+void ista(const Ista &p) {
+  constexpr int64_t W = kIstaVectors * kWidth<T>;
+  const int64_t m = p.atoms, d = p.features;
+  const int64_t wide = (m + W - 1) / W, narrow = (d + W - 1) / W;
+  const T *matrix = static_cast<const T *>(p.matrix), *target = static_cast<const T *>(p.target);
+  const T *l1 = static_cast<const T *>(p.l1), *init = static_cast<const T *>(p.init);
+  T *codes_out = static_cast<T *>(p.codes), *packed = static_cast<T *>(p.packed);
+  T *packed_back = packed + (p.use_gram ? 0 : narrow * m * W);  // residual form: A, then its transpose
+  const int64_t inner = p.use_gram ? m : d, held = p.use_gram ? m : d;
+  const T step = T(p.step);
+  const int64_t blocks = (p.samples + kIstaRows - 1) / kIstaRows;
+  const int threads = int(min<int64_t>(threads_for(blocks, 1), p.workspaces));
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp single
+    {
+      if (p.use_gram) {
+        pack(matrix, m, m, m, 1, packed_back, 0, wide);
+      } else {
+        pack(matrix, m, d, d, 1, packed, 0, narrow);
+        pack(matrix, d, m, 1, d, packed_back, 0, wide);
+      }
+    }
+    // Of a block of samples: codes, the point the gradient is taken at, and the residual or the next point.
+    T *const codes = static_cast<T *>(p.memory) + thread_index() * kIstaRows * (2 * m + held);
+    T *const points = codes + kIstaRows * m, *const other = points + kIstaRows * m;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = block * kIstaRows, rows = min(kIstaRows, p.samples - first);
+      T *point = points, *next = p.use_gram ? other : points;
+      if (init) {
+        std::memcpy(codes, init + first * m, size_t(rows * m) * sizeof(T));
+      } else {
+        std::memset(codes, 0, size_t(rows * m) * sizeof(T));
+      }
+      std::memcpy(point, codes, size_t(rows * m) * sizeof(T));
+      double t = 1.0;
+      for (int64_t iteration = 0; iteration < p.max_iter; ++iteration) {
+        const double t_next = p.momentum ? 0.5 * (1.0 + std::sqrt(1.0 + 4.0 * t * t)) : 1.0;
+        const T beta = T((t - 1.0) / t_next);
+        t = t_next;
+        for (int64_t b = 0; !p.use_gram && b < narrow; ++b) {
+          const int64_t column = b * W, valid = min<int64_t>(W, d - column);
+          multiply_packed<T, kIstaVectors>(rows, m, point, m, packed + b * m * W,
+                                           [&](int64_t row, int count, const T *__restrict product) {
+                                             for (int r = 0; r < count; ++r, product += W) {
+                                               const T *__restrict x = target + (first + row + r) * d + column;
+                                               T *__restrict to = other + (row + r) * d + column;
+#pragma omp simd
+                                               for (int64_t j = 0; j < valid; ++j) to[j] = x[j] - product[j];
+                                             }
+                                           });
+        }
+        for (int64_t b = 0; b < wide; ++b) {
+          const int64_t column = b * W, valid = min<int64_t>(W, m - column);
+          multiply_packed<T, kIstaVectors>(
+              rows, inner, p.use_gram ? point : other, inner, packed_back + b * inner * W,
+              [&](int64_t row, int count, const T *__restrict product) {
+                for (int r = 0; r < count; ++r, product += W) {
+                  const int64_t at = (row + r) * m + column;
+                  const T threshold = step * l1[first + row + r];
+                  const T *__restrict products = target + (first + row + r) * m + column;
+                  const bool use_gram = p.use_gram;
+                  const auto update = [&](const int64_t n) __attribute__((always_inline)) {
+#pragma omp simd
+                    for (int64_t j = 0; j < n; ++j) {
+                      const T gradient = use_gram ? products[j] - product[j] : product[j];
+                      const T u = point[at + j] + step * gradient;
+                      const T above = u - threshold, below = u + threshold;
+                      const T code = above > T(0) ? above : below < T(0) ? below : T(0);
+                      next[at + j] = code + beta * (code - codes[at + j]);
+                      codes[at + j] = code;
+                    }
+                  };
+                  valid == W ? update(W) : update(valid);
+                }
+              });
+        }
+        if (p.use_gram) {
+          T *const swapped = point;
+          point = next, next = swapped;
+        }
+      }
+      std::memcpy(codes_out + first * m, codes, size_t(rows * m) * sizeof(T));
+    }
+  }
+}
+
+}  // namespace
+
+void sparse_encode(const SparseEncode &p) { p.is_double ? encode<double>(p) : encode<float>(p); }
+void sparse_solve_support(const SparseSupport &p) { p.is_double ? solve_support<double>(p) : solve_support<float>(p); }
+int64_t sparse_workspace(bool is_double, int64_t atoms, int64_t capacity) {
+  return is_double ? Workspace<double>::bytes(atoms, capacity) : Workspace<float>::bytes(atoms, capacity);
+}
+void ista(const Ista &p) { p.is_double ? ista<double>(p) : ista<float>(p); }
+IstaSizes ista_sizes(const Ista &p) {
+  const int64_t W = kIstaVectors * (p.is_double ? kWidth<double> : kWidth<float>);
+  const int64_t wide = (p.atoms + W - 1) / W, narrow = (p.features + W - 1) / W;
+  if (p.use_gram) return {wide * p.atoms * W, kIstaRows * 3 * p.atoms};
+  return {narrow * p.atoms * W + wide * p.features * W, kIstaRows * (2 * p.atoms + p.features)};
+}
+
+}  // namespace fastvae::FASTVAE_ISA

@@ -1,0 +1,733 @@
+"""Sparse coding: iterative soft thresholding, and the lasso solved to a certificate for every sample.
+
+The problem, for each sample x (a row) and a dictionary A with atoms as rows:
+
+    minimise over h   1/2 |x - h A|^2 + l1 sum_j weights_j |h_j| + l2/2 |h|^2      (h >= 0 if positive)
+
+The certificate is the duality gap: with c = A (x - h A) - l2 h and the dual point scaled by
+s = min(1, l1 / max_j |c_j| / weights_j), it is a sum of terms that are never negative,
+
+    gap = 1/2 (1 - s)^2 (|x - h A|^2 + l2 |h|^2) + sum_j (l1 weights_j |h_j| - s c_j h_j).
+
+Sources: Daubechies et al. 2004 (ISTA); Beck & Teboulle 2009 (FISTA); O'Donoghue & Candes 2015 (restart); Fercoq et
+al. 2015 (gap); Friedman et al. 2010 (coordinate descent); Lee et al. 2007 (exact steps on the support).
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvae.ops.backend import CORE, first_order, large, pointer, register
+from fastvae.ops.checks import check_choice, check_float, check_like, check_shape
+
+CONVERGED, MAX_ITER = 0, 1
+
+# Relative gaps that the dtype can reach: below, rounding the codes to it costs more.
+GAP_FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 5e-3}
+
+_BLOCK_ITERATES = 1 << 24  # numbers kept for the backward of ISTA: 64 MB of float32
+
+SOLVERS = ("auto", "ista", "fista", "cd", "omp", "iht")
+
+
+class SparseInfo(NamedTuple):
+    """How well each sample was solved.
+
+    Attributes:
+        gap: duality gap relative to |x|^2, (samples,); nan for "omp" and "iht", which solve another problem.
+        iterations: of the solver, int64 (samples,); a coordinate descent counts its sweeps.
+        status: int8 (samples,), 0 where the tolerance was met, 1 where `max_iter` came first.
+    """
+
+    gap: Tensor
+    iterations: Tensor
+    status: Tensor
+
+
+# ------------------------------------------------------------------------------------------------ definition
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def shrink(x: Tensor, threshold: Tensor | float, positive: bool = False) -> Tensor:
+    """Soft threshold: the proximal operator of threshold * |x|, of it on x >= 0 if `positive`."""
+    return (x - threshold).clamp_min(0) if positive else x.sign() * (x.abs() - threshold).clamp_min(0)
+
+
+def reference_gap(codes: Tensor, correlation: Tensor, residual: Tensor, l1: Tensor, weights: Tensor, l2: float,
+                  positive: bool) -> Tensor:  # fmt: skip
+    """Duality gap (samples,) from c = A r - l2 h, (samples, atoms), and |r|^2 + l2 |h|^2, (samples,)."""
+    signed = correlation if positive else correlation.abs()
+    largest = (signed / weights).amax(1) if codes.shape[1] else torch.zeros_like(l1)
+    scale = torch.where(largest > l1, l1 / largest, 1.0)
+    penalty = (l1[:, None] * weights * codes.abs() - scale[:, None] * correlation * codes).sum(1)
+    return 0.5 * (1 - scale).square() * residual + penalty.clamp_min(0)
+
+
+def reference_ista(x: Tensor, dictionary: Tensor, l1: Tensor, step: Tensor, init: Tensor | None, max_iter: int,
+                   momentum: bool) -> Tensor:  # fmt: skip
+    """Run `max_iter` iterations of ISTA, or of FISTA with `momentum`."""
+    codes = x.new_zeros(x.shape[0], dictionary.shape[0]) if init is None else init.clone()
+    point, t = codes, 1.0
+    for _ in range(max_iter):
+        residual = x - point @ dictionary
+        new = shrink(point + step * (residual @ dictionary.T), step * l1[:, None])
+        t_next = 0.5 * (1 + math.sqrt(1 + 4 * t * t)) if momentum else 1.0
+        point = new + (t - 1) / t_next * (new - codes) if momentum else new
+        codes, t = new, t_next
+    return codes
+
+
+def reference_encode(x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor, l2: float, positive: bool,
+                     init: Tensor | None, tol: float, max_iter: int,
+                     momentum: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Solve by FISTA with restart and backtracking of each sample's own, or by ISTA without `momentum`.
+
+    Returns codes, relative gap, iterations and status.
+
+    Large dictionaries' Lipschitz constant is far above what a sparse code meets: each sample's L starts low, grows when
+    the quadratic bound fails, and is pinned at the safe bound after many failures. One product an iteration gives the
+    gradient, the gap and the test of the bound, since the gradient is linear between iterates.
+    """
+    (samples, _), atoms = x.shape, dictionary.shape[0]
+    squared = x.square().sum(1)
+    use_gram = atoms < 2 * x.shape[1]
+    gram = dictionary @ dictionary.T if use_gram else None
+    products = x @ dictionary.T
+    highest = lipschitz(dictionary) + l2
+    lowest = torch.minimum(dictionary.square().sum(1).max() + l2, highest) if atoms else highest
+
+    def correlate(h: Tensor, rows: Tensor) -> Tensor:
+        if gram is not None:
+            return products[rows] - h @ gram
+        return (x[rows] - h @ dictionary) @ dictionary.T
+
+    h = previous = x.new_zeros(samples, atoms) if init is None else init
+    codes = torch.empty_like(h)
+    gap, iterations = x.new_empty(samples), torch.zeros(samples, dtype=torch.int64, device=x.device)
+    rows = torch.arange(samples, device=x.device)
+    c = previous_c = correlate(h, rows)
+    t = torch.ones_like(squared)
+    bound, failures = lowest.expand_as(squared), torch.zeros_like(squared)
+    for iteration in range(max_iter + 1):
+        if iteration % 10 == 0 or iteration == max_iter:
+            residual = squared[rows] - (h * (products[rows] + c)).sum(1) + l2 * h.square().sum(1)
+            gap[rows] = reference_gap(h, c - l2 * h, residual.clamp_min(0), l1[rows], weights, l2, positive)
+            codes[rows] = h
+            open_ = gap[rows] > tol * squared[rows]
+            rows = rows[open_]
+            if rows.numel() == 0 or iteration == max_iter:
+                break
+            h, previous, c, previous_c = h[open_], previous[open_], c[open_], previous_c[open_]
+            t, bound, failures = t[open_], bound[open_], failures[open_]
+        t_next = 0.5 * (1 + torch.sqrt(1 + 4 * t * t))
+        beta = ((t - 1) / t_next)[:, None]
+        y, y_c = h + beta * (h - previous), c + beta * (c - previous_c)
+        step = (1 / bound)[:, None]
+        new = shrink(y + step * (y_c - l2 * y), step * l1[rows, None] * weights, positive)
+        new_c = correlate(new, rows)
+        move = new - y
+        curvature = (move * (y_c - new_c)).sum(1) + l2 * move.square().sum(1)
+        failed = (curvature > bound * move.square().sum(1) * (1 + 1e-6)) & (bound < highest)
+        failures = failures + failed
+        bound = torch.where(failed, torch.minimum(1.5 * bound, highest), bound)
+        bound = torch.where(failures > 30, highest, bound)
+        restart = ((y - new) * (new - h)).sum(1) > 0
+        t = torch.where(failed | (not momentum), t, torch.where(restart, 1.0, t_next))
+        keep = failed[:, None]
+        previous, previous_c = torch.where(keep, previous, h), torch.where(keep, previous_c, c)
+        h, c = torch.where(keep, h, new), torch.where(keep, c, new_c)
+        iterations[rows] += 1
+    status = torch.where(gap > tol * squared, MAX_ITER, CONVERGED).to(torch.int8)
+    return codes, gap / squared.clamp_min(torch.finfo(x.dtype).tiny), iterations, status
+
+
+def reference_ista_backward(grad: Tensor, x: Tensor, dictionary: Tensor, l1: Tensor, step: Tensor, init: Tensor | None,
+                            max_iter: int, momentum: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, dictionary, l1 and init; the iterates of a block of samples are made again and held."""
+    grads = torch.zeros_like(x), torch.zeros_like(dictionary), torch.zeros_like(l1), torch.zeros_like(grad)
+    block = max(1, _BLOCK_ITERATES // max(1, dictionary.shape[0] * max_iter))
+    for first in range(0, x.shape[0], block):
+        rows = slice(first, first + block)
+        codes = [grad.new_zeros(grad[rows].shape) if init is None else init[rows]]
+        points, betas, t = [codes[0]], [], 1.0
+        for _ in range(max_iter):
+            point = points[-1]
+            codes.append(shrink(point + step * ((x[rows] - point @ dictionary) @ dictionary.T), step * l1[rows, None]))
+            t_next = 0.5 * (1 + math.sqrt(1 + 4 * t * t)) if momentum else 1.0
+            betas.append((t - 1) / t_next if momentum else 0.0)
+            points.append(codes[-1] + betas[-1] * (codes[-1] - codes[-2]))
+            t = t_next
+        g, g_before, g_point = grad[rows], torch.zeros_like(grad[rows]), torch.zeros_like(grad[rows])
+        for k in reversed(range(max_iter)):
+            g = g + (1 + betas[k]) * g_point
+            g_before = g_before - betas[k] * g_point
+            through = g * (codes[k + 1] != 0)
+            pull = step * (through @ dictionary)
+            grads[0][rows] += pull
+            grads[1].addmm_(through.T, step * (x[rows] - points[k] @ dictionary)).addmm_(points[k].T, pull, alpha=-1)
+            grads[2][rows] -= step * (through * codes[k + 1].sign()).sum(1)
+            g_point = through - pull @ dictionary.T
+            g, g_before = g_before, torch.zeros_like(g)
+        grads[3][rows] = g + g_point
+    return grads
+
+
+def lipschitz(dictionary: Tensor) -> Tensor:
+    """Largest eigenvalue of the Gram matrix, from above: the steepest curvature of 1/2 |x - h A|^2."""
+    if dictionary.numel() == 0:
+        return dictionary.new_ones(())
+    small = dictionary if dictionary.shape[0] <= dictionary.shape[1] else dictionary.T
+    top = torch.linalg.eigvalsh((small @ small.T).double())[-1]
+    return (top * (1 + 1e-5)).clamp_min(torch.finfo(torch.float32).tiny).to(dictionary.dtype)
+
+
+def reference_encode_backward(grad: Tensor, codes: Tensor, x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor,
+                              l2: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, dictionary, l1 and weights, by the implicit function theorem on each sample's support S.
+
+    There (G_SS + l2 I) h_S = A_S x - l1 weights_S sign(h_S); all follow from v with (G_SS + l2 I) v_S = grad_S.
+    """
+    v = torch.zeros_like(codes)
+    for row, (code, g) in enumerate(zip(codes, grad, strict=True)):
+        support = code.nonzero().squeeze(1)
+        atoms = dictionary[support]
+        gram = atoms @ atoms.T + l2 * torch.eye(len(support), dtype=codes.dtype, device=codes.device)
+        v[row, support] = torch.linalg.lstsq(gram, g[support, None]).solution.squeeze(1)
+    return _from_support_solution(v, codes, x, dictionary, l1, weights)
+
+
+def _from_support_solution(v: Tensor, codes: Tensor, x: Tensor, dictionary: Tensor, l1: Tensor,
+                           weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_x = v @ dictionary
+    grad_dictionary = (v.T @ (x - codes @ dictionary)).addmm_(codes.T, grad_x, alpha=-1)
+    signed = -v * codes.sign()
+    return grad_x, grad_dictionary, (signed * weights).sum(1), (signed * l1[:, None]).sum(0)
+
+
+def _check_values(x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor) -> None:
+    # Inside the ops, which wait for the data anyway; a test on values would break a compiled graph outside.
+    for name, tensor in (("x", x), ("dictionary", dictionary)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name}: expected finite numbers, got nan or inf")
+    for name, tensor in (("l1", l1), ("weights", weights)):
+        if not bool(((tensor > 0) & torch.isfinite(tensor)).all()):
+            raise ValueError(f"{name}: expected finite numbers above 0, got {tensor.min().item():g} at least")
+
+
+def _reference_op(method: str, x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor, l2: float, positive: bool,
+                  init: Tensor | None, tol: float, max_iter: int) -> tuple[Tensor, ...]:  # fmt: skip
+    _check_values(x, dictionary, l1, weights)
+    momentum = method != "ista"
+    solved = reference_encode(x, dictionary, l1, weights, l2, positive, init, tol, max_iter, momentum)
+    _warn(solved[3], max_iter)
+    return solved
+
+
+def _warn(status: Tensor, max_iter: int) -> None:
+    missed = int((status != CONVERGED).sum())
+    if missed:
+        warnings.warn(
+            f"fastvae: {missed} of {status.numel()} samples missed the tolerance within {max_iter} iterations; "
+            "their gaps are in the info of return_info=True",
+            stacklevel=5,
+        )
+
+
+# ----------------------------------------------------------------------------------------------- C++ on CPU
+_BLOCK_PRODUCTS = 1 << 20  # numbers of x A' at a time: 4 MB of float32
+_FIRST_ATOMS = 8
+_MAX_GRAM_ATOMS = 8192  # a Gram matrix of 256 MB; beyond, FISTA without one
+
+
+def _cpu_encode(method: str, x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor, l2: float, positive: bool,
+                init: Tensor | None, tol: float, max_iter: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    assert CORE is not None
+    (samples, features), atoms = x.shape, dictionary.shape[0]
+    if method != "cd" or atoms > _MAX_GRAM_ATOMS or atoms == 0:
+        return _reference_op(method, x, dictionary, l1, weights, l2, positive, init, tol, max_iter)  # type: ignore[return-value]
+    _check_values(x, dictionary, l1, weights)
+    x, dictionary, l1 = x.contiguous(), dictionary.contiguous(), l1.contiguous()
+    init = None if init is None else init.contiguous()
+    unit = None if bool((weights == 1).all()) else weights.contiguous()
+    gram = dictionary @ dictionary.T
+    squared = torch.linalg.vecdot(x, x)
+    codes, gap = large(x.new_empty(samples, atoms)), x.new_empty(samples)
+    iterations = torch.empty(samples, dtype=torch.int64)
+    status = torch.empty(samples, dtype=torch.int8)
+    # Supports are hardly larger than the features; with l2 they may be.
+    capacity = min(atoms, max(512, 2 * features, 4096 if l2 else 0))
+    double, threads = x.dtype == torch.float64, torch.get_num_threads()
+    memory = torch.empty(threads * CORE.sparse_workspace(double, atoms, capacity), dtype=torch.uint8)
+    block = max(64, _BLOCK_PRODUCTS // atoms)
+    products = large(x.new_empty(min(block, samples), atoms))
+    for first in range(0, samples, block):
+        rows = slice(first, min(first + block, samples))
+        count = rows.stop - first
+        torch.mm(x[rows], dictionary.T, out=products[:count])
+        CORE.sparse_encode(
+            double, pointer(gram), pointer(products), pointer(squared[rows]), pointer(l1[rows]), pointer(unit),
+            pointer(None if init is None else init[rows]), l2, tol, positive, count, atoms, max_iter, _FIRST_ATOMS,
+            capacity, pointer(codes[rows]), pointer(gap[rows]), pointer(iterations[rows]), pointer(status[rows]),
+            pointer(memory), threads,
+        )  # fmt: skip
+    _warn(status, max_iter)
+    return codes, gap, iterations, status
+
+
+def _cpu_encode_backward(grad: Tensor, codes: Tensor, x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor,
+                         l2: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    assert CORE is not None
+    atoms = dictionary.shape[0]
+    if atoms > _MAX_GRAM_ATOMS or atoms == 0:
+        return reference_encode_backward(grad, codes, x, dictionary, l1, weights, l2)
+    codes, grad, gram = codes.contiguous(), grad.contiguous(), dictionary @ dictionary.T
+    v = large(torch.empty_like(codes))
+    capacity = int((codes != 0).sum(1).max()) if codes.shape[0] else 0
+    double, threads = codes.dtype == torch.float64, torch.get_num_threads()
+    memory = torch.empty(threads * CORE.sparse_workspace(double, atoms, capacity), dtype=torch.uint8)
+    CORE.sparse_solve_support(
+        double, pointer(gram), pointer(codes), pointer(grad), l2, codes.shape[0], atoms, capacity, pointer(v),
+        pointer(memory), threads,
+    )  # fmt: skip
+    return _from_support_solution(v, codes, x, dictionary, l1, weights)
+
+
+def _cpu_ista(x: Tensor, dictionary: Tensor, l1: Tensor, step: Tensor, init: Tensor | None, max_iter: int,
+              momentum: bool) -> Tensor:  # fmt: skip
+    assert CORE is not None
+    (samples, features), atoms = x.shape, dictionary.shape[0]
+    x, l1, init = x.contiguous(), l1.contiguous(), None if init is None else init.contiguous()
+    use_gram = atoms < 2 * features
+    matrix = dictionary @ dictionary.T if use_gram else dictionary.contiguous()
+    target = x @ dictionary.T if use_gram else x
+    codes = large(x.new_empty(samples, atoms))
+    double, threads = x.dtype == torch.float64, torch.get_num_threads()
+    packed, memory = (x.new_empty(size) for size in CORE.ista_sizes(double, use_gram, atoms, features))
+    memory = x.new_empty(threads * memory.numel())
+    CORE.ista(
+        double, use_gram, momentum, pointer(matrix), pointer(target), pointer(l1), pointer(init), step.item(), samples,
+        atoms, features, max_iter, pointer(codes), pointer(packed), pointer(memory), threads,
+    )  # fmt: skip
+    return codes
+
+
+# ------------------------------------------------------------------------------------------ schema, autograd
+def _fake_encode(method: str, x: Tensor, dictionary: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    samples = x.shape[0]
+    codes, gap = x.new_empty(samples, dictionary.shape[0]), x.new_empty(samples)
+    return codes, gap, x.new_empty(samples, dtype=torch.int64), x.new_empty(samples, dtype=torch.int8)
+
+
+_encode = register(
+    "sparse_encode(str method, Tensor x, Tensor dictionary, Tensor l1, Tensor weights, float l2, bool positive, "
+    "Tensor? init, float tol, int max_iter) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference_op,
+    fake=_fake_encode,
+    cpu=_cpu_encode,
+    cuda=None,
+)
+_encode_backward = register(
+    "sparse_encode_backward(Tensor grad, Tensor codes, Tensor x, Tensor dictionary, Tensor l1, Tensor weights, "
+    "float l2) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference_encode_backward,
+    fake=lambda grad, codes, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:4]),
+    cpu=_cpu_encode_backward,
+    cuda=None,
+)
+_ista = register(
+    "ista(Tensor x, Tensor dictionary, Tensor l1, Tensor step, Tensor? init, int max_iter, bool momentum) -> Tensor",
+    reference=reference_ista,
+    fake=lambda x, dictionary, *_: x.new_empty(x.shape[0], dictionary.shape[0]),
+    cpu=_cpu_ista,
+    cuda=None,
+)
+_ista_backward = register(
+    "ista_backward(Tensor grad, Tensor x, Tensor dictionary, Tensor l1, Tensor step, Tensor? init, int max_iter, "
+    "bool momentum) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference_ista_backward,
+    fake=lambda grad, x, dictionary, l1, *_: tuple(t.new_empty(t.shape) for t in (x, dictionary, l1, grad)),
+    cpu=None,
+    cuda=None,
+)
+
+
+class _OnSupport(torch.autograd.Function):
+    """Gives solved codes their gradient: near a solution they move on their support alone, by a linear system."""
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor,
+                l2: float) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(codes, x, dictionary, l1, weights)
+        ctx.l2 = l2
+        return codes.clone()
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_encode_backward(grad, *ctx.saved_tensors, ctx.l2), None
+
+
+class _Ista(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dictionary: Tensor, l1: Tensor, step: Tensor, init: Tensor | None, max_iter: int,
+                momentum: bool) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, dictionary, l1, step, init)
+        ctx.settings = max_iter, momentum
+        return _ista(x, dictionary, l1, step, init, max_iter, momentum)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, dictionary, l1, init = _ista_backward(grad, *ctx.saved_tensors, *ctx.settings)
+        return x, dictionary, l1, None, init if ctx.needs_input_grad[4] else None, None, None
+
+
+# -------------------------------------------------------------------------------------------------- public
+def _problem(x: Tensor, dictionary: Tensor, l1: float | Tensor, weights: Tensor | None,
+             l2: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Check the arguments that every function shares; returns x, dictionary, l1 and weights to compute with."""
+    check_float("x", x)
+    if x.dim() != 2:
+        raise ValueError(f"x: expected shape (samples, features), got {tuple(x.shape)}")
+    check_like("dictionary", dictionary, "x", x)
+    if dictionary.dim() != 2 or dictionary.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"dictionary: expected shape (atoms, features) with the {x.shape[1]} features of x, "
+            f"got {tuple(dictionary.shape)}"
+        )
+    compute = _compute_dtype(x)
+    if isinstance(l1, Tensor):
+        check_float("l1", l1)
+        if l1.dim() and tuple(l1.shape) != (x.shape[0],):
+            raise ValueError(f"l1: expected a number or shape (samples,) = ({x.shape[0]},), got {tuple(l1.shape)}")
+        l1 = l1.to(x.device, compute).expand(x.shape[0])
+    else:
+        if not 0 < l1 < math.inf:
+            raise ValueError(f"l1: expected a finite number above 0, got {l1}")
+        l1 = x.new_full((x.shape[0],), l1, dtype=compute)
+    if weights is None:
+        weights = x.new_ones(dictionary.shape[0], dtype=compute)
+    else:
+        check_float("weights", weights)
+        check_shape("weights", weights, (dictionary.shape[0],), "(atoms,)")
+        weights = weights.to(x.device, compute)
+    if not 0 <= l2 < math.inf:
+        raise ValueError(f"l2: expected a finite number of at least 0, got {l2}")
+    return x.to(compute), dictionary.to(compute), l1, weights
+
+
+def _check_codes(name: str, codes: Tensor, x: Tensor, dictionary: Tensor) -> Tensor:
+    check_like(name, codes, "x", x)
+    check_shape(name, codes, (x.shape[0], dictionary.shape[0]), "(samples, atoms)")
+    return codes.to(_compute_dtype(x))
+
+
+def _full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep autocast from lowering the products of a function whose first argument is a tensor."""
+
+    @functools.wraps(function)
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(x, Tensor):
+            check_float("x", x)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return call
+
+
+def soft_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
+    """``sign(x) * max(|x| - threshold, 0)``: the proximal operator of threshold * |x|.
+
+    Args:
+        x: any shape, floating point.
+        threshold: at least 0, broadcastable to `x`.
+
+    Returns:
+        A tensor like `x`.
+    """
+    check_float("x", x)
+    if not isinstance(threshold, Tensor) and not threshold >= 0:
+        raise ValueError(f"threshold: expected at least 0, got {threshold}")
+    return shrink(x, threshold)
+
+
+@_full_precision
+def ista(
+    x: Tensor,
+    dictionary: Tensor,
+    l1: float | Tensor,
+    *,
+    max_iter: int = 100,
+    step: float | Tensor | None = None,
+    init: Tensor | None = None,
+    momentum: bool = False,
+) -> Tensor:
+    """Run iterative soft thresholding, h <- S(h + step (x - h A) A', step l1), differentiable through its iterations.
+
+    Args:
+        x: samples, (samples, features), float32, float64, bfloat16 or float16 (these two computed in float32).
+        dictionary: atoms as rows, (atoms, features), like `x`.
+        l1: weight of the L1 norm, a number or (samples,).
+        max_iter: number of iterations.
+        step: step size, no gradient; None takes 1 / the largest eigenvalue of the Gram matrix.
+        init: codes to start from, (samples, atoms); zero if None.
+        momentum: Nesterov's, which makes it FISTA.
+
+    Returns:
+        codes, (samples, atoms), like `x`. For a solution with a certificate use :func:`sparse_encode`.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+
+    Source: Daubechies et al. 2004; Beck & Teboulle 2009.
+    """
+    x_, dictionary_, l1_, _ = _problem(x, dictionary, l1, None, 0.0)
+    init_ = None if init is None else _check_codes("init", init, x, dictionary)
+    if max_iter < 0:
+        raise ValueError(f"max_iter: expected at least 0, got {max_iter}")
+    if step is None:
+        step = 1 / lipschitz(dictionary_.detach())
+    elif not isinstance(step, Tensor):
+        if not 0 < step < math.inf:
+            raise ValueError(f"step: expected a finite number above 0, got {step}")
+        step = x_.new_full((), step)
+    step = step.detach().to(x_.device, x_.dtype)
+    return _Ista.apply(x_, dictionary_, l1_, step, init_, max_iter, momentum).to(x.dtype)
+
+
+def fista(x: Tensor, dictionary: Tensor, l1: float | Tensor, *, max_iter: int = 100,
+          step: float | Tensor | None = None, init: Tensor | None = None) -> Tensor:  # fmt: skip
+    """:func:`ista` with momentum."""
+    return ista(x, dictionary, l1, max_iter=max_iter, step=step, init=init, momentum=True)
+
+
+def ista_step(codes: Tensor, x: Tensor, dictionary: Tensor, l1: float | Tensor, *, step: float | Tensor) -> Tensor:
+    """One iteration of :func:`ista` from `codes`."""
+    return ista(x, dictionary, l1, max_iter=1, step=step, init=codes)
+
+
+@_full_precision
+def duality_gap(x: Tensor, dictionary: Tensor, codes: Tensor, l1: float | Tensor, *, l2: float = 0.0,
+                weights: Tensor | None = None, positive: bool = False) -> Tensor:  # fmt: skip
+    """How far the objective at `codes` can be above its minimum, (samples,), not divided by |x|^2.
+
+    Arguments as for :func:`sparse_encode`.
+    """
+    x_, dictionary_, l1_, weights_ = _problem(x, dictionary, l1, weights, l2)
+    h = _check_codes("codes", codes, x, dictionary)
+    r = x_ - h @ dictionary_
+    residual = r.square().sum(1) + l2 * h.square().sum(1)
+    return reference_gap(h, r @ dictionary_.T - l2 * h, residual, l1_, weights_, l2, positive)
+
+
+@_full_precision
+def kkt_violation(x: Tensor, dictionary: Tensor, codes: Tensor, l1: float | Tensor, *, l2: float = 0.0,
+                  weights: Tensor | None = None, positive: bool = False) -> Tensor:  # fmt: skip
+    """Largest distance of the correlations from what optimality asks for, (samples,).
+
+    Arguments as for :func:`sparse_encode`.
+    """
+    x_, dictionary_, l1_, weights_ = _problem(x, dictionary, l1, weights, l2)
+    h = _check_codes("codes", codes, x, dictionary)
+    c, threshold = (x_ - h @ dictionary_) @ dictionary_.T - l2 * h, l1_[:, None] * weights_
+    outside = ((c if positive else c.abs()) - threshold).clamp_min(0)
+    violation = torch.where(h == 0, outside, (c - threshold * h.sign()).abs())
+    if positive:
+        violation = torch.maximum(violation, -h)
+    return violation.amax(1) if h.shape[1] else violation.sum(1)
+
+
+@_full_precision
+def lambda_max(x: Tensor, dictionary: Tensor, *, weights: Tensor | None = None, positive: bool = False) -> Tensor:
+    """The `l1` from which on each sample's codes are zero, (samples,)."""
+    x_, dictionary_, _, weights_ = _problem(x, dictionary, 1.0, weights, 0.0)
+    c = x_ @ dictionary_.T / weights_
+    return (c if positive else c.abs()).amax(1).clamp_min(0)
+
+
+@_full_precision
+def sparse_encode(
+    x: Tensor,
+    dictionary: Tensor,
+    l1: float | Tensor | None = None,
+    *,
+    l2: float = 0.0,
+    weights: Tensor | None = None,
+    positive: bool = False,
+    init: Tensor | None = None,
+    solver: str = "auto",
+    tol: float | None = None,
+    max_iter: int = 1000,
+    n_nonzero: int | None = None,
+    return_info: bool = False,
+    sparse_output: bool = False,
+) -> Any:
+    """Solve the lasso for each sample, to a duality gap of at most ``tol * |x|^2``.
+
+    Args:
+        x: samples, (samples, features), float32, float64, bfloat16 or float16 (these two computed in float32).
+        dictionary: atoms as rows, (atoms, features), like `x`; any norms.
+        l1: weight of the L1 norm, a number or (samples,); None for "omp" and "iht".
+        l2: weight of half the squared L2 norm (elastic net).
+        weights: each atom's factor on `l1`, (atoms,), above 0; 1 if None.
+        positive: allow no negative codes.
+        init: codes to start from, (samples, atoms).
+        solver: "cd" is coordinate descent on a working set (C++, on CPU); "fista" has restart and backtracking of each
+            sample's own; "ista" neither momentum nor restart; "auto" takes "cd" where it exists, else "fista".
+            "omp" (orthogonal matching pursuit) and "iht" (iterative hard thresholding) solve the problem with at most
+            `n_nonzero` atoms instead.
+        tol: relative duality gap to reach; None is 1e-4, or what the dtype can reach.
+        max_iter: most iterations of a sample. Samples that need more are flagged in the info, and one warning counts
+            them.
+        n_nonzero: most atoms of a sample, for "omp" and "iht".
+        return_info: return a :class:`SparseInfo` too.
+        sparse_output: return a CSR tensor, made block by block, without gradient.
+
+    Returns:
+        codes, (samples, atoms), like `x`; with `return_info`, (codes, info). Gradients of the codes with respect to
+        `x`, `dictionary`, `l1` and `weights` are those of the solution, by implicit differentiation on its support.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong; ValueError for nan and inf.
+
+    Source: see :mod:`fastvae.ops.sparse`.
+    """
+    check_choice("solver", solver, SOLVERS)
+    pursuit = solver in ("omp", "iht")
+    if pursuit != (l1 is None):
+        raise ValueError(f"l1: expected {'None' if pursuit else 'a number'} for solver {solver!r}, got {l1!r}")
+    if pursuit != (n_nonzero is not None):
+        raise ValueError(
+            f"n_nonzero: expected {'a number' if pursuit else 'None'} for solver {solver!r}, got {n_nonzero}"
+        )
+    x_, dictionary_, l1_, weights_ = _problem(x, dictionary, 1.0 if l1 is None else l1, weights, l2)
+    init_ = None if init is None else _check_codes("init", init, x, dictionary)
+    floor = GAP_FLOOR[x.dtype]
+    if tol is None:
+        tol = max(1e-4, floor)
+    if not tol >= floor:
+        raise ValueError(f"tol: expected at least {floor:g}, the smallest relative gap of {x.dtype}, got {tol}")
+    if max_iter < 1:
+        raise ValueError(f"max_iter: expected at least 1, got {max_iter}")
+    if pursuit:
+        _check_pursuit(n_nonzero, dictionary, weights, positive, l2)
+    on_cpu = x.device.type == "cpu" and CORE is not None
+    if solver == "cd" and not on_cpu:
+        raise ValueError(f"solver: 'cd' runs in the C++ core on cpu tensors, use 'fista' on {x.device}")
+    if sparse_output:
+        return _encode_to_csr(
+            x, dictionary, l1, l2=l2, weights=weights, positive=positive, init=init, solver=solver, tol=tol,
+            max_iter=max_iter, n_nonzero=n_nonzero, return_info=return_info,
+        )  # fmt: skip
+    with torch.no_grad():
+        if pursuit:
+            assert n_nonzero is not None
+            codes, info = _pursue(solver, x_, dictionary_, n_nonzero, init_, max_iter)
+            l1_ = torch.zeros_like(l1_)
+        else:
+            method = ("cd" if on_cpu else "fista") if solver == "auto" else solver
+            # In half precision most of the gap is left to the rounding of the codes.
+            codes, gap, iterations, status = _encode(
+                method, x_.detach(), dictionary_.detach(), l1_.detach(), weights_.detach(), l2, positive, init_,
+                tol if x.dtype == x_.dtype else tol / 4, max_iter,
+            )  # fmt: skip
+            info = SparseInfo(gap, iterations, status)
+    codes = _OnSupport.apply(codes, x_, dictionary_, l1_, weights_, l2).to(x.dtype)
+    if return_info and x.dtype != x_.dtype and not pursuit:
+        # The certificate is of the codes that are returned, and rounding moved them.
+        with torch.no_grad():
+            gap = duality_gap(x_, dictionary_, codes.to(x_.dtype), l1_, l2=l2, weights=weights_, positive=positive)
+            gap = gap / x_.square().sum(1).clamp_min(torch.finfo(x_.dtype).tiny)
+        info = SparseInfo(gap, info.iterations, torch.where(gap <= tol, info.status, MAX_ITER).to(torch.int8))
+    return (codes, info) if return_info else codes
+
+
+@_full_precision
+def sparse_value(x: Tensor, dictionary: Tensor, l1: float | Tensor, *, l2: float = 0.0, weights: Tensor | None = None,
+                 positive: bool = False, **settings: Any) -> Tensor:  # fmt: skip
+    """The optimal objective of each sample, (samples,), float32 or float64.
+
+    Its gradient needs no derivative of the codes (Danskin): at the optimum the objective does not change with them.
+    Arguments as for :func:`sparse_encode`.
+    """
+    with torch.no_grad():
+        codes = sparse_encode(x, dictionary, l1, l2=l2, weights=weights, positive=positive, **settings)
+    x_, dictionary_, l1_, weights_ = _problem(x, dictionary, l1, weights, l2)
+    h = codes.to(x_.dtype)
+    error = 0.5 * (x_ - h @ dictionary_).square().sum(1)
+    return error + l1_ * (weights_ * h.abs()).sum(1) + 0.5 * l2 * h.square().sum(1)
+
+
+# ------------------------------------------------------------------------------------- a number of atoms, not l1
+def _check_pursuit(n_nonzero: int | None, dictionary: Tensor, weights: Tensor | None, positive: bool,
+                   l2: float) -> None:  # fmt: skip
+    if n_nonzero is None or not 1 <= n_nonzero <= min(dictionary.shape):
+        raise ValueError(f"n_nonzero: expected 1 to {min(dictionary.shape)}, got {n_nonzero}")
+    for name, given in (("weights", weights is not None), ("positive", positive), ("l2", l2 != 0)):
+        if given:
+            raise ValueError(f"{name}: not for solvers 'omp' and 'iht'")
+
+
+def _pursue(solver: str, x: Tensor, dictionary: Tensor, n_nonzero: int, init: Tensor | None,
+            max_iter: int) -> tuple[Tensor, SparseInfo]:  # fmt: skip
+    samples, atoms = x.shape[0], dictionary.shape[0]
+    if solver == "iht":
+        step = 1 / lipschitz(dictionary)
+        codes = x.new_zeros(samples, atoms) if init is None else init
+        for _ in range(max_iter):
+            moved = codes + step * ((x - codes @ dictionary) @ dictionary.T)
+            kept = moved.abs().topk(n_nonzero, 1).indices
+            codes = torch.zeros_like(moved).scatter_(1, kept, moved.gather(1, kept))
+        count = max_iter
+    else:
+        codes = torch.cat([_omp(block, dictionary, n_nonzero) for block in x.split(1024)])
+        count = n_nonzero
+    nan = x.new_full((samples,), math.nan)
+    done = torch.full((samples,), count, dtype=torch.int64, device=x.device)
+    return codes, SparseInfo(nan, done, torch.zeros(samples, dtype=torch.int8, device=x.device))
+
+
+def _omp(x: Tensor, dictionary: Tensor, n_nonzero: int) -> Tensor:
+    # Pati et al. 1993: add the atom most correlated with the residual, then refit all chosen ones.
+    samples, atoms = x.shape[0], dictionary.shape[0]
+    norms = dictionary.norm(dim=1)
+    unit = dictionary / torch.where(norms > 0, norms, 1.0)[:, None]
+    chosen = torch.zeros(samples, 0, dtype=torch.int64, device=x.device)
+    residual, solution = x, x.new_zeros(samples, 0)
+    for _ in range(n_nonzero):
+        score = (residual @ unit.T).abs().scatter(1, chosen, -1.0)
+        chosen = torch.cat([chosen, score.argmax(1, keepdim=True)], 1)
+        basis = dictionary[chosen]
+        gram = basis @ basis.mT
+        ridge = torch.finfo(x.dtype).eps * gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-30)
+        gram = gram + ridge[:, None, None] * torch.eye(chosen.shape[1], dtype=x.dtype, device=x.device)
+        solution = torch.linalg.solve(gram, (basis @ x[:, :, None])).squeeze(2)
+        residual = x - (solution[:, None] @ basis).squeeze(1)
+    return x.new_zeros(samples, atoms).scatter_(1, chosen, solution)
+
+
+def _encode_to_csr(x: Tensor, dictionary: Tensor, l1: float | Tensor | None, *, init: Tensor | None,
+                   return_info: bool, **settings: Any) -> Any:  # fmt: skip
+    crows, columns, values, infos = [torch.zeros(1, dtype=torch.int64, device=x.device)], [], [], []
+    with torch.no_grad():
+        for first in range(0, max(x.shape[0], 1), 4096):
+            rows = slice(first, first + 4096)
+            codes, info = sparse_encode(
+                x[rows], dictionary, l1[rows] if isinstance(l1, Tensor) and l1.dim() else l1,
+                init=None if init is None else init[rows], return_info=True, **settings,
+            )  # fmt: skip
+            crows.append(crows[-1][-1] + (codes != 0).sum(1).cumsum(0))
+            where = codes.nonzero(as_tuple=True)
+            columns.append(where[1])
+            values.append(codes[where])
+            infos.append(info)
+        shape = (x.shape[0], dictionary.shape[0])
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch's, that CSR is in beta
+            csr = torch.sparse_csr_tensor(torch.cat(crows), torch.cat(columns), torch.cat(values), shape)
+    return (csr, SparseInfo(*(torch.cat(parts) for parts in zip(*infos, strict=True)))) if return_info else csr
