@@ -1,4 +1,4 @@
-"""The `fastvae` command: demo, train, evaluate, sample, reconstruct, interpolate, info.
+"""The `fastvae` command: demo, train, evaluate, sample, reconstruct, interpolate, dictionary, info.
 
 Only what a command needs is imported, inside it: `fastvae info` runs on torch and numpy alone.
 """
@@ -22,6 +22,8 @@ from fastvae.training.config import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from fastvae.data import Vocabulary
     from fastvae.models import SentenceVAE
 
@@ -76,7 +78,14 @@ _SETTINGS: dict[str, dict[str, str]] = {
     },
 }
 _CHOICES = {"kl_schedule": KL_SCHEDULES, "lr_schedule": LR_SCHEDULES, "precision": PRECISIONS}
-_TRAIN_PACKAGES = {"lightning": "lightning", "rich": "rich", "matplotlib": "matplotlib", "yaml": "pyyaml"}
+_PACKAGES = {  # module: package, and the extra that brings it
+    "lightning": ("lightning", "train"),
+    "rich": ("rich", "train"),
+    "matplotlib": ("matplotlib", "train"),
+    "PIL": ("pillow", "train"),
+    "yaml": ("pyyaml", "train"),
+    "sklearn": ("scikit-learn", "estimators"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,8 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _message(error: Exception) -> str | None:
     """Return the line to show for an error, None where it is no fault of the user's."""
     if isinstance(error, ModuleNotFoundError):
-        package = _TRAIN_PACKAGES.get((error.name or "").partition(".")[0])
-        return package and f"this command needs {package}, which is not installed: pip install 'fastvae[train]'"
+        package, extra = _PACKAGES.get((error.name or "").partition(".")[0], (None, ""))
+        return package and f"this command needs {package}, which is not installed: pip install 'fastvae[{extra}]'"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return " ".join(str(error).split())
@@ -134,7 +143,7 @@ def _reject(parser: argparse.ArgumentParser, argument: str) -> NoReturn:
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(
         prog="fastvae",
-        description="Train and use variational auto-encoders for sentences.",
+        description="Train and use variational auto-encoders for sentences; learn dictionaries for sparse coding.",
         epilog="Begin with `fastvae demo` (under 3 minutes), then `fastvae train --help`.",
         allow_abbrev=False,
     )
@@ -164,6 +173,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         add("reconstruct", _reconstruct, "write sentences again from their latent vector", _RECONSTRUCT_HELP)
     )
     _add_interpolate(add("interpolate", _interpolate, "write sentences between two sentences", _INTERPOLATE_HELP))
+    _add_dictionary(add("dictionary", _dictionary, "learn a dictionary for sparse coding", _DICTIONARY_HELP))
     add("info", _info, "show versions, and what computes each operation here", _INFO_HELP)
     return parser, commands
 
@@ -422,9 +432,13 @@ def _interpolate(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[SentenceVAE, Vocabulary, dict[str, Any]]:
-    import torch
-
     from fastvae.training.checkpoint import load_run
+
+    return load_run(arguments.folder, which=arguments.checkpoint, device=_device(arguments))
+
+
+def _device(arguments: argparse.Namespace) -> torch.device:
+    import torch
 
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -432,7 +446,7 @@ def _load(arguments: argparse.Namespace) -> tuple[SentenceVAE, Vocabulary, dict[
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return load_run(arguments.folder, which=arguments.checkpoint, device=device)
+    return device
 
 
 # demo
@@ -462,6 +476,75 @@ def _demo(arguments: argparse.Namespace) -> int:
     return INTERRUPTED if demo(arguments.out, seconds=arguments.seconds, quick=arguments.quick) else 0
 
 
+# dictionary
+
+_DICTIONARY_HELP = """\
+examples:
+  fastvae dictionary                                  patches of two photographs that come with scikit-learn
+  fastvae dictionary photos/ --patch-size 12 --atoms 400
+  fastvae dictionary patches.npy --atoms 256 --l1 0.15 --out run
+  fastvae dictionary huge.npy --raw --samples 0       read batch by batch, may be larger than memory
+
+DATA is a .npy file of samples (samples, features) or of images (images, height, width[, channels]), or a folder
+of images, of which patches are cut. Each sample has its mean removed and its norm made 1, those nearly flat are
+left out. The folder then holds components.npy (atoms, features), most used first, atoms.png, objective.png,
+sparsity.png and metrics.json, measured on samples held out.
+"""
+_DICTIONARY_SETTINGS: dict[str, tuple[Any, int, str]] = {
+    "atoms": (256, 1, "size of the dictionary"),
+    "l1": (0.15, 0, "weight of the L1 norm: larger is sparser"),
+    "patch_size": (8, 2, "side of the patches, in pixels"),
+    "samples": (100_000, 0, "most samples, drawn at random; 0: all rows of a file"),
+    "epochs": (10, 1, "passes over the samples"),
+    "batch_size": (512, 1, "samples a step"),
+    "seed": (0, 0, "of everything random"),
+}
+
+
+def _add_dictionary(parser: _Parser) -> None:
+    parser.add_argument("data", nargs="?", metavar="DATA", help=".npy file, image or folder of images")
+    for name, (default, _, text) in _DICTIONARY_SETTINGS.items():
+        kind = type(default)
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=f"{text} [{default}]")
+    parser.add_argument("--raw", action="store_true", help="take rows as they are: no mean removed, no norm changed")
+    parser.add_argument("--out", default="runs/dictionary", metavar="FOLDER", help="[runs/dictionary]")
+    parser.add_argument("--overwrite", action="store_true", help="replace the dictionary in --out")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... [cuda where there is one]")
+
+
+def _dictionary(arguments: argparse.Namespace) -> int:
+    settings = {name: getattr(arguments, name) for name in _DICTIONARY_SETTINGS}
+    for name, (_, least, _) in _DICTIONARY_SETTINGS.items():
+        if not settings[name] >= least or (name == "l1" and settings[name] == 0):
+            what = "above 0" if name == "l1" else f"at least {least}"
+            raise ValueError(f"--{name.replace('_', '-')} must be {what}, got {settings[name]}")
+
+    from fastvae.training.dictionary import learn_dictionary
+
+    out = arguments.out.rstrip("/") or "/"
+    result = learn_dictionary(
+        arguments.data, out, raw=arguments.raw, overwrite=arguments.overwrite, device=_device(arguments), **settings
+    )
+    where = "held-out samples" if result.held_out else "samples of the file"
+    print(
+        f"{result.samples:,} samples of {result.features} features, {result.batches:,} batches, {result.seconds:.1f} s"
+    )
+    rows = [
+        ("objective", f"{result.objective:.4f}", f"a sample, {where}"),
+        ("error", f"{100 * result.relative_error:.2f} %", "|x - h D|^2 of |x|^2"),
+        ("non-zeros", f"{result.nonzeros:.1f}", f"a sample, of {result.atoms} atoms, {result.atoms_used} of them used"),
+        ("largest gap", f"{result.largest_gap:.1e}", "of |x|^2, between these codes and the best"),
+    ]
+    for name, value, unit in rows:
+        print(f"{name:<14}{value:>12}  {unit}")
+    print(f"atoms: {out}/atoms.png   curves: {out}/objective.png {out}/sparsity.png   dictionary: {out}/components.npy")
+    if result.interrupted:
+        print("stopped before the end: this is the dictionary learnt until then")
+        return INTERRUPTED
+    return 0
+
+
 # info
 
 _INFO_HELP = """\
@@ -483,7 +566,7 @@ def _info(arguments: argparse.Namespace) -> int:
         except importlib.metadata.PackageNotFoundError:
             return "not installed"
 
-    packages = ("fastvae", "torch", "numpy", "triton", "lightning", "rich", "matplotlib", "pyyaml")
+    packages = ("fastvae", "torch", "numpy", "triton", "lightning", "rich", "matplotlib", "pyyaml", "scikit-learn")
     lines = [("python", platform.python_version()), *((name, version(name)) for name in packages)]
     lines.append(("machine", f"{platform.system()} {platform.machine()}"))
     lines.append(("instruction set", backend.cpu_isa() or "none: the C++ core is missing"))

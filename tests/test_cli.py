@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,7 +68,10 @@ def fails(capsys, *argv):
     return line
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "sample", "reconstruct", "interpolate", "info"])
+COMMANDS = ["demo", "train", "evaluate", "sample", "reconstruct", "interpolate", "dictionary", "info"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -262,3 +266,65 @@ def test_demo_shows_what_it_promises(tmp_path, capsys):
     assert str(out / "curves.png") in text.replace("\n", "")
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((out / "evaluation_test.json").read_text())["neg_elbo"] > 16
+
+
+def test_dictionary_writes_what_it_promises(tmp_path, capsys):
+    for package in ("sklearn", "matplotlib"):
+        pytest.importorskip(package)
+    data, out = tmp_path / "patches.npy", tmp_path / "dictionary"
+    np.save(data, np.random.default_rng(0).random((300, 9)))
+    command = ["dictionary", str(data), "--atoms", "12", "--epochs", "2", "--batch-size", "50", "--out", str(out)]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert f"{metrics['objective']:.4f}" in text
+    for name in ("components.npy", "atoms.png", "objective.png", "sparsity.png"):
+        assert f"{out}/{name}" in text
+        assert (out / name).is_file()
+    assert "already holds a dictionary" in fails(capsys, *command)
+    assert main([*command, "--overwrite"]) == 0
+
+
+def test_dictionary_interrupted_says_so(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    from fastvae.estimators import MiniBatchDictionaryLearning
+
+    learn = MiniBatchDictionaryLearning._learn
+
+    def interrupted(self, learner, *arguments):
+        if learner.steps == 3:
+            raise KeyboardInterrupt
+        return learn(self, learner, *arguments)
+
+    monkeypatch.setattr(MiniBatchDictionaryLearning, "_learn", interrupted)
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((300, 9)))
+    command = [
+        "dictionary",
+        str(tmp_path / "x.npy"),
+        "--atoms",
+        "5",
+        "--batch-size",
+        "50",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert main(command) == 130
+    assert "stopped before the end" in capsys.readouterr().out
+    assert json.loads((tmp_path / "o" / "metrics.json").read_text())["batches"] == 3
+    assert np.load(tmp_path / "o" / "components.npy").shape == (5, 9)
+
+
+def test_mistakes_of_dictionary(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    assert "--atoms must be at least 1, got 0" in fails(capsys, "dictionary", "x.npy", "--atoms", "0")
+    assert "--l1 must be above 0, got 0.0" in fails(capsys, "dictionary", "x.npy", "--l1", "0")
+    assert "no file at nowhere.npy" in fails(capsys, "dictionary", "nowhere.npy")
+    assert "did you mean --patch-size?" in fails(capsys, "dictionary", "--patchsize", "8")
+    (tmp_path / "x.npy").write_text("junk")
+    assert "is no array of numbers" in fails(capsys, "dictionary", str(tmp_path / "x.npy"))
+    assert "expected a .npy file, an image or a folder" in fails(capsys, "dictionary", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "sklearn.base", None)
+    monkeypatch.delitem(sys.modules, "fastvae.estimators", raising=False)
+    monkeypatch.delitem(sys.modules, "fastvae.training.dictionary", raising=False)
+    line = fails(capsys, "dictionary")
+    assert line.endswith("this command needs scikit-learn, which is not installed: pip install 'fastvae[estimators]'")
