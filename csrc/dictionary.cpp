@@ -1,7 +1,8 @@
 // The sequential part of a dictionary update, inside a block of atoms (fastvae/ops/dictionary.py holds the definition).
 //
-// An atom is updated when all before it are, so that nothing but its own features can run side by side: block * features
-// multiply-adds an atom, all in the first-level cache; the products between blocks are matrix products outside.
+// An atom is updated when all before it are, so that nothing but its own features can run side by side: block *
+// features multiply-adds an atom, all in the first-level cache; the products between blocks are matrix products
+// outside.
 #include <cmath>
 
 #include "isa.h"

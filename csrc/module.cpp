@@ -135,9 +135,27 @@ PYBIND11_MODULE(_C, m) {
          double l2, double tol, bool positive, int64_t samples, int64_t atoms, int64_t max_iter, int64_t first_atoms,
          int64_t capacity, Address codes, Address gap, Address iterations, Address status, Address memory,
          int64_t workspaces) {
-        kernels().sparse_encode({is_double, at(gram), at(products), at(squared), at(l1), at(weights), at(init), l2, tol,
-                                 positive, samples, atoms, max_iter, first_atoms, capacity, at(codes), at(gap),
-                                 integers(iterations), static_cast<int8_t *>(at(status)), at(memory), workspaces});
+        kernels().sparse_encode({is_double,
+                                 at(gram),
+                                 at(products),
+                                 at(squared),
+                                 at(l1),
+                                 at(weights),
+                                 at(init),
+                                 l2,
+                                 tol,
+                                 positive,
+                                 samples,
+                                 atoms,
+                                 max_iter,
+                                 first_atoms,
+                                 capacity,
+                                 at(codes),
+                                 at(gap),
+                                 integers(iterations),
+                                 static_cast<int8_t *>(at(status)),
+                                 at(memory),
+                                 workspaces});
       },
       release);
   m.def("sparse_workspace", [](bool is_double, int64_t atoms, int64_t capacity) {

@@ -6,8 +6,8 @@
 // the limit). All else happens on the working set, some times the support in size, whose Gram block lies in the first
 // level: sweeps of coordinate descent, bound by their own latency, and exact solves on the support, nnz^3 / 6.
 //
-// ISTA: 4 * atoms * features FLOPs a sample and iteration, or 2 * atoms^2 with the Gram matrix; a block of samples stays
-// in the first level through all iterations, the packed dictionary in the second: bound by multiply-adds.
+// ISTA: 4 * atoms * features FLOPs a sample and iteration, or 2 * atoms^2 with the Gram matrix; a block of samples
+// stays in the first level through all iterations, the packed dictionary in the second: bound by multiply-adds.
 #include "gemm.h"
 #include "vecmath.h"
 
@@ -71,8 +71,8 @@ FASTVAE_INLINE T dot(const T *__restrict a, const T *__restrict b, int64_t n) {
   return sum;
 }
 
-// Upper Cholesky factor in place of the upper triangle of a (n, n) matrix, the reciprocal diagonal in `inverse`; the lower
-// triangle is overwritten. A pivot that rounding has eaten ends it: returns false.
+// Upper Cholesky factor in place of the upper triangle of a (n, n) matrix, the reciprocal diagonal in `inverse`; the
+// lower triangle is overwritten. A pivot that rounding has eaten ends it: returns false.
 template <typename T>
 bool factorise(T *a, int64_t n, int64_t stride, T *inverse) {
   const T tiny = sizeof(T) == 8 ? T(1e-12) : T(1e-5);
@@ -101,8 +101,8 @@ void solve_factorised(const T *a, int64_t n, int64_t stride, const T *inverse, T
   }
 }
 
-// Solves a x = x in place for the positive semidefinite matrix that fill(i, row) writes, row i from its diagonal on, into
-// `a`. Dependent atoms (duplicates, say) have no inverse: a growing ridge then chooses among the solutions.
+// Solves a x = x in place for the positive semidefinite matrix that fill(i, row) writes, row i from its diagonal on,
+// into `a`. Dependent atoms (duplicates, say) have no inverse: a growing ridge then chooses among the solutions.
 template <typename T, typename Fill>
 FASTVAE_INLINE void solve_regularised(T *a, int64_t n, int64_t stride, T *inverse, T *x, Fill fill) {
   for (T ridge = 0;; ridge = ridge == T(0) ? T(1e-6) : ridge * T(10)) {
@@ -350,8 +350,7 @@ struct Sample {
     clear();
     for (int64_t j = m; j < padded(m); ++j) w.score[j] = T(-1);
     for (int64_t j = 0; init && j < m && w.size < w.capacity; ++j) {
-      const bool allowed = p.positive ? init[j] > T(0) : init[j] != T(0);
-      if (allowed && gram[j * m + j] > T(0)) add(j, init[j]);
+      if (init[j] != T(0) && gram[j * m + j] > T(0)) add(j, init[j]);
     }
     bool converged = false;
     T reached = 0, lowest = 0;
@@ -392,8 +391,9 @@ void encode(const SparseEncode &p) {
                       p.atoms, p.capacity);
 #pragma omp for schedule(dynamic, 4)
     for (int64_t i = 0; i < p.samples; ++i) {
-      Sample<T> sample{p, work, static_cast<const T *>(p.gram), static_cast<const T *>(p.weights),
-                       products + i * p.atoms, squared[i], l1[i]};
+      Sample<T> sample{
+          p,          work, static_cast<const T *>(p.gram), static_cast<const T *>(p.weights), products + i * p.atoms,
+          squared[i], l1[i]};
       const bool converged = sample.solve(init ? init + i * p.atoms : nullptr, codes + i * p.atoms, gap + i);
       p.iterations[i] = sample.sweeps;
       p.status[i] = converged ? 0 : 1;
@@ -503,28 +503,27 @@ void ista(const Ista &p) {
         }
         for (int64_t b = 0; b < wide; ++b) {
           const int64_t column = b * W, valid = min<int64_t>(W, m - column);
-          multiply_packed<T, kIstaVectors>(
-              rows, inner, p.use_gram ? point : other, inner, packed_back + b * inner * W,
-              [&](int64_t row, int count, const T *__restrict product) {
-                for (int r = 0; r < count; ++r, product += W) {
-                  const int64_t at = (row + r) * m + column;
-                  const T threshold = step * l1[first + row + r];
-                  const T *__restrict products = target + (first + row + r) * m + column;
-                  const bool use_gram = p.use_gram;
-                  const auto update = [&](const int64_t n) __attribute__((always_inline)) {
+          multiply_packed<T, kIstaVectors>(rows, inner, p.use_gram ? point : other, inner, packed_back + b * inner * W,
+                                           [&](int64_t row, int count, const T *__restrict product) {
+                                             for (int r = 0; r < count; ++r, product += W) {
+                                               const int64_t at = (row + r) * m + column;
+                                               const T threshold = step * l1[first + row + r];
+                                               const T *__restrict products = target + (first + row + r) * m + column;
+                                               const bool use_gram = p.use_gram;
+                                               const auto update = [&](const int64_t n) __attribute__((always_inline)) {
 #pragma omp simd
-                    for (int64_t j = 0; j < n; ++j) {
-                      const T gradient = use_gram ? products[j] - product[j] : product[j];
-                      const T u = point[at + j] + step * gradient;
-                      const T above = u - threshold, below = u + threshold;
-                      const T code = above > T(0) ? above : below < T(0) ? below : T(0);
-                      next[at + j] = code + beta * (code - codes[at + j]);
-                      codes[at + j] = code;
-                    }
-                  };
-                  valid == W ? update(W) : update(valid);
-                }
-              });
+                                                 for (int64_t j = 0; j < n; ++j) {
+                                                   const T gradient = use_gram ? products[j] - product[j] : product[j];
+                                                   const T u = point[at + j] + step * gradient;
+                                                   const T above = u - threshold, below = u + threshold;
+                                                   const T code = above > T(0) ? above : below < T(0) ? below : T(0);
+                                                   next[at + j] = code + beta * (code - codes[at + j]);
+                                                   codes[at + j] = code;
+                                                 }
+                                               };
+                                               valid == W ? update(W) : update(valid);
+                                             }
+                                           });
         }
         if (p.use_gram) {
           T *const swapped = point;

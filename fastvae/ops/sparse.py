@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.ops.backend import CORE, first_order, large, pointer, register
+from fastvae.ops.backend import CORE, first_order, kernel, large, pointer, register
 from fastvae.ops.checks import check_choice, check_float, check_like, check_shape
 
 CONVERGED, MAX_ITER = 0, 1
@@ -317,6 +317,31 @@ def _cpu_ista(x: Tensor, dictionary: Tensor, l1: Tensor, step: Tensor, init: Ten
     return codes
 
 
+# -------------------------------------------------------------------------------------------- Triton on CUDA
+_triton_ista = kernel("sparse", "ista")
+_triton_fista = kernel("sparse", "fista_solve")
+
+
+def _cuda_encode(method: str, x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor, l2: float, positive: bool,
+                 init: Tensor | None, tol: float, max_iter: int) -> tuple[Tensor, ...]:  # fmt: skip
+    if x.dtype == torch.float64 or method == "ista":
+        return _reference_op(method, x, dictionary, l1, weights, l2, positive, init, tol, max_iter)
+    _check_values(x, dictionary, l1, weights)
+    operands = [t.contiguous() for t in (x, dictionary, l1)]
+    init = None if init is None else init.contiguous()
+    solved = _triton_fista(*operands, l2, weights.contiguous(), positive, init, tol, max_iter)
+    _warn(solved[3], max_iter)
+    return solved
+
+
+def _cuda_ista(x: Tensor, dictionary: Tensor, l1: Tensor, step: Tensor, init: Tensor | None, max_iter: int,
+               momentum: bool) -> Tensor:  # fmt: skip
+    if x.dtype == torch.float64:
+        return reference_ista(x, dictionary, l1, step, init, max_iter, momentum)
+    operands = [t.contiguous() for t in (x, dictionary, l1, step.reshape(1))]
+    return _triton_ista(*operands, None if init is None else init.contiguous(), max_iter, momentum)
+
+
 # ------------------------------------------------------------------------------------------ schema, autograd
 def _fake_encode(method: str, x: Tensor, dictionary: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     samples = x.shape[0]
@@ -330,7 +355,7 @@ _encode = register(
     reference=_reference_op,
     fake=_fake_encode,
     cpu=_cpu_encode,
-    cuda=None,
+    cuda=_cuda_encode,
 )
 _encode_backward = register(
     "sparse_encode_backward(Tensor grad, Tensor codes, Tensor x, Tensor dictionary, Tensor l1, Tensor weights, "
@@ -345,7 +370,7 @@ _ista = register(
     reference=reference_ista,
     fake=lambda x, dictionary, *_: x.new_empty(x.shape[0], dictionary.shape[0]),
     cpu=_cpu_ista,
-    cuda=None,
+    cuda=_cuda_ista,
 )
 _ista_backward = register(
     "ista_backward(Tensor grad, Tensor x, Tensor dictionary, Tensor l1, Tensor step, Tensor? init, int max_iter, "
@@ -608,6 +633,8 @@ def sparse_encode(
         )
     x_, dictionary_, l1_, weights_ = _problem(x, dictionary, 1.0 if l1 is None else l1, weights, l2)
     init_ = None if init is None else _check_codes("init", init, x, dictionary)
+    if init_ is not None and positive:
+        init_ = init_.clamp_min(0)
     floor = GAP_FLOOR[x.dtype]
     if tol is None:
         tol = max(1e-4, floor)

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastvae.kernels import cross_entropy, gaussian, lstm
+from fastvae.kernels import cross_entropy, gaussian, lstm, sparse
 
 ARCHITECTURES = (80, 90)
 TABLE = Path(__file__).parents[2] / "kernels" / "RESOURCES.md"
@@ -161,6 +161,18 @@ def _lstm(sizes: _Sizes, dtype: torch.dtype) -> None:
     lstm.backward(hidden, h_n, c_n, hidden, gates, cells, tokens, lengths, *weights)
 
 
+def _ista(sizes: _Sizes, atoms: int, features: int) -> None:
+    x, dictionary, l1 = _tensor(sizes.rows, features), _tensor(atoms, features), _tensor(sizes.rows)
+    for momentum, init in ((False, None), (True, _tensor(sizes.rows, atoms))):
+        sparse.ista(x, dictionary, l1, _tensor(1), init, sizes.steps + 2, momentum)
+
+
+def _fista(sizes: _Sizes, atoms: int, features: int, positive: bool = False) -> None:
+    x, l1, weights = _tensor(sizes.rows, features), _tensor(sizes.rows), _tensor(atoms)
+    problem = sparse._Problem.of(_tensor(atoms, features), weights, 0.5 * sizes.steps, positive)
+    sparse._advance(problem, sparse._start(problem, x, l1, None, 1e-4), sizes.steps)
+
+
 def _tf32(family: Callable[[_Sizes, torch.dtype], None], sizes: _Sizes) -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -181,6 +193,16 @@ _CASES: dict[str, Callable[[_Sizes], None]] = {
     "LSTM in float32": lambda n: _lstm(n, torch.float32),
     "LSTM in TF32": lambda n: _tf32(_lstm, n),
     "LSTM in bfloat16": lambda n: _lstm(n, torch.bfloat16),
+    "256 atoms of 64 features": lambda n: _ista(n, 256, 64),
+    "256 atoms of 64 features in TF32": lambda n: _tf32(lambda n, _: _ista(n, 256, 64), n),
+    "65 atoms of 33 features": lambda n: _ista(n, 65, 33),
+    "128 atoms of 256 features": lambda n: _ista(n, 128, 256),
+    "1024 atoms of 256 features": lambda n: _ista(n, 1024, 256),
+    "1024 atoms of 256 features in TF32": lambda n: _tf32(lambda n, _: _ista(n, 1024, 256), n),
+    "257 atoms of 300 features": lambda n: _ista(n, 257, 300),
+    "solving 256 atoms of 64 features": lambda n: _fista(n, 256, 64),
+    "solving 65 atoms of 33 features": lambda n: _fista(n, 65, 33, True),
+    "solving 2048 atoms of 256 features": lambda n: _fista(n, 2048, 256),
 }
 
 if __name__ == "__main__":

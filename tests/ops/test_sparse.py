@@ -166,10 +166,12 @@ def test_starting_at_the_solution_costs_nothing(solver):
     torch.testing.assert_close(again, codes, rtol=0, atol=1e-12)
 
 
-def test_wrong_signs_to_start_from_are_dropped():
+@solvers
+def test_wrong_signs_to_start_from_are_dropped(solver):
     x, dictionary, _ = problem(13, 7, 20)
-    codes = sparse_encode(x, dictionary, 0.1, positive=True, init=-torch.ones(13, 20).double(), tol=1e-10)
-    expected = sparse_encode(x, dictionary, 0.1, positive=True, tol=1e-10)
+    settings = {"positive": True, "tol": 1e-10, "solver": solver}
+    codes = sparse_encode(x, dictionary, 0.1, init=-torch.ones(13, 20).double(), **settings)
+    expected = sparse_encode(x, dictionary, 0.1, **settings)
     torch.testing.assert_close(codes, expected, rtol=0, atol=1e-5)
 
 
