@@ -94,8 +94,8 @@ struct WordPacking {
 struct SparseEncode {
   bool is_double;
   const void *gram, *products, *squared;  // squared: |x|^2, (samples)
-  const void *l1, *weights, *init;        // (samples); (atoms) or null; (samples, atoms) or null
-  double l2, tol;                         // tol: of the duality gap, relative to |x|^2
+  const void *l1, *weights, *init;  // (samples); (atoms, then ones up to a multiple of 16) or null; (samples, atoms)
+  double l2, tol;                   // tol: of the duality gap, relative to |x|^2
   bool positive;
   int64_t samples, atoms, max_iter;
   int64_t first_atoms, capacity;  // of the working set: at the start, and at most

@@ -45,17 +45,24 @@ template <typename T>
 FASTVAE_INLINE Lane<T> lane(const T *at) {
   return *reinterpret_cast<const Lane<T> *>(at);
 }
+// By halves: a chain of 15 operations would wait for each.
+template <typename T, typename Combine>
+FASTVAE_INLINE T reduce(Lane<T> x, Combine combine) {
+  T parts[kLane];
+  lane(parts) = x;
+  for (int64_t half = kLane / 2; half > 0; half /= 2) {
+#pragma omp simd
+    for (int64_t j = 0; j < half; ++j) parts[j] = combine(parts[j], parts[j + half]);
+  }
+  return parts[0];
+}
 template <typename T>
 FASTVAE_INLINE T sum_of(Lane<T> x) {
-  T sum = 0;
-  for (int64_t j = 0; j < kLane; ++j) sum += x[j];
-  return sum;
+  return reduce<T>(x, [](T a, T b) { return a + b; });
 }
 template <typename T>
 FASTVAE_INLINE T largest_of(Lane<T> x) {
-  T largest = x[0];
-  for (int64_t j = 1; j < kLane; ++j) largest = max<T>(largest, x[j]);
-  return largest;
+  return reduce<T>(x, [](T a, T b) { return a > b ? a : b; });
 }
 FASTVAE_INLINE int64_t padded(int64_t count) { return (count + kLane - 1) / kLane * kLane; }
 
@@ -128,7 +135,7 @@ struct Workspace {
   int32_t *atom, *support, *best;
   int64_t size = 0, capacity, stride;
 
-  Workspace(char *memory, int64_t m, int64_t capacity) : capacity(capacity), stride(padded(capacity)) {
+  Workspace(char *memory, int64_t m, int64_t capacity) : capacity(capacity), stride(stride_of(capacity)) {
     std::memset(memory, 0, size_t(bytes(m, capacity)));
     const auto take = [&](int64_t count) {
       T *at = reinterpret_cast<T *>(memory);
@@ -143,8 +150,10 @@ struct Workspace {
     atom = reinterpret_cast<int32_t *>(take(capacity)), support = reinterpret_cast<int32_t *>(take(capacity));
     best = reinterpret_cast<int32_t *>(take(capacity));
   }
+  // Not a power of 2: its columns would share a few sets of the cache.
+  static int64_t stride_of(int64_t capacity) { return padded(capacity) + kLane; }
   static int64_t bytes(int64_t m, int64_t capacity) {
-    return int64_t(sizeof(T)) * (2 * padded(m) + 2 * capacity * padded(capacity) + 11 * padded(capacity) + 64);
+    return int64_t(sizeof(T)) * (2 * padded(m) + 2 * capacity * stride_of(capacity) + 11 * padded(capacity) + 64);
   }
 };
 
@@ -227,30 +236,20 @@ struct Sample {
   // Scores the atoms by how far they are beyond their thresholds, those of the set below all; returns the largest |c|
   // over its threshold of all.
   T score() {
-    const int64_t m = p.atoms;
-    const bool positive = p.positive;
-    T excess = 0;
-    const T *__restrict c = w.c, *__restrict factors = weights;
-    T *__restrict to = w.score;
-    if (weights) {
-#pragma omp simd reduction(max : excess)
-      for (int64_t j = 0; j < m; ++j) {
-        const T size = positive ? c[j] : absolute(c[j]), threshold = l1 * factors[j], ratio = size / threshold;
+    Lane<T> excess = {};
+    for (int64_t j = 0; j < p.atoms; j += kLane) {
+      const Lane<T> c = lane(w.c + j), size = p.positive ? c : (c < T(0) ? -c : c);
+      if (weights) {
+        const Lane<T> threshold = l1 * lane(weights + j), ratio = size / threshold;
         excess = ratio > excess ? ratio : excess;
-        to[j] = size - threshold;
-      }
-    } else {
-      const T threshold = l1;
-#pragma omp simd reduction(max : excess)
-      for (int64_t j = 0; j < m; ++j) {
-        const T size = positive ? c[j] : absolute(c[j]);
+        lane(w.score + j) = size - threshold;
+      } else {
         excess = size > excess ? size : excess;
-        to[j] = size - threshold;
+        lane(w.score + j) = size - l1;
       }
-      excess /= threshold;
     }
-    for (int64_t i = 0; i < w.size; ++i) to[w.atom[i]] = T(-1);
-    return excess;
+    for (int64_t i = 0; i < w.size; ++i) w.score[w.atom[i]] = T(-1);
+    return largest_of<T>(excess) / (weights ? T(1) : l1);
   }
 
   // Adds the `count` atoms of the highest positive scores; returns how many there were.
@@ -348,7 +347,6 @@ struct Sample {
     const int64_t m = p.atoms;
     const T target = T(p.tol) * squared;
     clear();
-    for (int64_t j = m; j < padded(m); ++j) w.score[j] = T(-1);
     for (int64_t j = 0; init && j < m && w.size < w.capacity; ++j) {
       if (init[j] != T(0) && gram[j * m + j] > T(0)) add(j, init[j]);
     }

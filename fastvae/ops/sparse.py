@@ -254,7 +254,7 @@ def _cpu_encode(method: str, x: Tensor, dictionary: Tensor, l1: Tensor, weights:
     _check_values(x, dictionary, l1, weights)
     x, dictionary, l1 = x.contiguous(), dictionary.contiguous(), l1.contiguous()
     init = None if init is None else init.contiguous()
-    unit = None if bool((weights == 1).all()) else weights.contiguous()
+    factors = None if bool((weights == 1).all()) else torch.nn.functional.pad(weights, (0, -atoms % 16), value=1.0)
     gram = dictionary @ dictionary.T
     squared = torch.linalg.vecdot(x, x)
     codes, gap = large(x.new_empty(samples, atoms)), x.new_empty(samples)
@@ -271,7 +271,7 @@ def _cpu_encode(method: str, x: Tensor, dictionary: Tensor, l1: Tensor, weights:
         count = rows.stop - first
         torch.mm(x[rows], dictionary.T, out=products[:count])
         CORE.sparse_encode(
-            double, pointer(gram), pointer(products), pointer(squared[rows]), pointer(l1[rows]), pointer(unit),
+            double, pointer(gram), pointer(products), pointer(squared[rows]), pointer(l1[rows]), pointer(factors),
             pointer(None if init is None else init[rows]), l2, tol, positive, count, atoms, max_iter, _FIRST_ATOMS,
             capacity, pointer(codes[rows]), pointer(gap[rows]), pointer(iterations[rows]), pointer(status[rows]),
             pointer(memory), threads,
