@@ -20,8 +20,10 @@ FASTVAE_INLINE T absolute(T x) {
 }
 template <typename T>
 FASTVAE_INLINE T shrink(T x, T threshold, bool positive) {
-  const T above = x - threshold, below = positive ? T(0) : x + threshold;
-  return above > T(0) ? above : below < T(0) ? below : T(0);
+  // Less what the interval of the threshold holds of it: compilers turn this into vector code.
+  T held = x > threshold ? threshold : x;
+  if (!positive) held = held < -threshold ? -threshold : held;
+  return x - held;
 }
 
 template <typename T>
@@ -445,7 +447,20 @@ void pack(const T *from, int64_t inner, int64_t columns, int64_t stride, int64_t
   }
 }
 
-template <typename T>
+// The epilogue of an iteration's last product, for a piece of one sample; `point` and `next` may be the same.
+template <typename T, bool kGram>
+FASTVAE_INLINE void ista_update(int64_t n, const T *product, const T *products, const T *point, T *next, T *codes,
+                                T step, T threshold, T beta) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const T gradient = kGram ? products[j] - product[j] : product[j];
+    const T code = shrink(point[j] + step * gradient, threshold, false);
+    next[j] = code + beta * (code - codes[j]);
+    codes[j] = code;
+  }
+}
+
+template <typename T, bool kGram>
 void ista(const Ista &p) {
   constexpr int64_t W = kIstaVectors * kWidth<T>;
   const int64_t m = p.atoms, d = p.features;
@@ -453,8 +468,8 @@ void ista(const Ista &p) {
   const T *matrix = static_cast<const T *>(p.matrix), *target = static_cast<const T *>(p.target);
   const T *l1 = static_cast<const T *>(p.l1), *init = static_cast<const T *>(p.init);
   T *codes_out = static_cast<T *>(p.codes), *packed = static_cast<T *>(p.packed);
-  T *packed_back = packed + (p.use_gram ? 0 : narrow * m * W);  // residual form: A, then its transpose
-  const int64_t inner = p.use_gram ? m : d, held = p.use_gram ? m : d;
+  T *packed_back = packed + (kGram ? 0 : narrow * m * W);  // residual form: A, then its transpose
+  const int64_t inner = kGram ? m : d, held = kGram ? m : d;
   const T step = T(p.step);
   const int64_t blocks = (p.samples + kIstaRows - 1) / kIstaRows;
   const int threads = int(min<int64_t>(threads_for(blocks, 1), p.workspaces));
@@ -462,7 +477,7 @@ void ista(const Ista &p) {
   {
 #pragma omp single
     {
-      if (p.use_gram) {
+      if (kGram) {
         pack(matrix, m, m, m, 1, packed_back, 0, wide);
       } else {
         pack(matrix, m, d, d, 1, packed, 0, narrow);
@@ -475,7 +490,7 @@ void ista(const Ista &p) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t first = block * kIstaRows, rows = min(kIstaRows, p.samples - first);
-      T *point = points, *next = p.use_gram ? other : points;
+      T *point = points, *next = kGram ? other : points;
       if (init) {
         std::memcpy(codes, init + first * m, size_t(rows * m) * sizeof(T));
       } else {
@@ -487,7 +502,7 @@ void ista(const Ista &p) {
         const double t_next = p.momentum ? 0.5 * (1.0 + std::sqrt(1.0 + 4.0 * t * t)) : 1.0;
         const T beta = T((t - 1.0) / t_next);
         t = t_next;
-        for (int64_t b = 0; !p.use_gram && b < narrow; ++b) {
+        for (int64_t b = 0; !kGram && b < narrow; ++b) {
           const int64_t column = b * W, valid = min<int64_t>(W, d - column);
           multiply_packed<T, kIstaVectors>(rows, m, point, m, packed + b * m * W,
                                            [&](int64_t row, int count, const T *__restrict product) {
@@ -501,29 +516,24 @@ void ista(const Ista &p) {
         }
         for (int64_t b = 0; b < wide; ++b) {
           const int64_t column = b * W, valid = min<int64_t>(W, m - column);
-          multiply_packed<T, kIstaVectors>(rows, inner, p.use_gram ? point : other, inner, packed_back + b * inner * W,
-                                           [&](int64_t row, int count, const T *__restrict product) {
+          multiply_packed<T, kIstaVectors>(rows, inner, kGram ? point : other, inner, packed_back + b * inner * W,
+                                           [&](int64_t row, int count, const T *product) {
                                              for (int r = 0; r < count; ++r, product += W) {
                                                const int64_t at = (row + r) * m + column;
+                                               const T *products = kGram ? target + (first + row + r) * m + column
+                                                                         : nullptr;
                                                const T threshold = step * l1[first + row + r];
-                                               const T *__restrict products = target + (first + row + r) * m + column;
-                                               const bool use_gram = p.use_gram;
-                                               const auto update = [&](const int64_t n) __attribute__((always_inline)) {
-#pragma omp simd
-                                                 for (int64_t j = 0; j < n; ++j) {
-                                                   const T gradient = use_gram ? products[j] - product[j] : product[j];
-                                                   const T u = point[at + j] + step * gradient;
-                                                   const T above = u - threshold, below = u + threshold;
-                                                   const T code = above > T(0) ? above : below < T(0) ? below : T(0);
-                                                   next[at + j] = code + beta * (code - codes[at + j]);
-                                                   codes[at + j] = code;
-                                                 }
-                                               };
-                                               valid == W ? update(W) : update(valid);
+                                               if (valid == W) {
+                                                 ista_update<T, kGram>(W, product, products, point + at, next + at,
+                                                                       codes + at, step, threshold, beta);
+                                               } else {
+                                                 ista_update<T, kGram>(valid, product, products, point + at, next + at,
+                                                                       codes + at, step, threshold, beta);
+                                               }
                                              }
                                            });
         }
-        if (p.use_gram) {
+        if (kGram) {
           T *const swapped = point;
           point = next, next = swapped;
         }
@@ -540,7 +550,10 @@ void sparse_solve_support(const SparseSupport &p) { p.is_double ? solve_support<
 int64_t sparse_workspace(bool is_double, int64_t atoms, int64_t capacity) {
   return is_double ? Workspace<double>::bytes(atoms, capacity) : Workspace<float>::bytes(atoms, capacity);
 }
-void ista(const Ista &p) { p.is_double ? ista<double>(p) : ista<float>(p); }
+void ista(const Ista &p) {
+  if (p.use_gram) return p.is_double ? ista<double, true>(p) : ista<float, true>(p);
+  return p.is_double ? ista<double, false>(p) : ista<float, false>(p);
+}
 IstaSizes ista_sizes(const Ista &p) {
   const int64_t W = kIstaVectors * (p.is_double ? kWidth<double> : kWidth<float>);
   const int64_t wide = (p.atoms + W - 1) / W, narrow = (p.features + W - 1) / W;
