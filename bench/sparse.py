@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import sklearn.decomposition
 import torch
 from sklearn.datasets import load_sample_images
-from sklearn.decomposition import sparse_encode as sklearn_encode
 from torch import Tensor
 from torch.nn import functional as F
 
 from bench.interleave import OURS, Case, WrongResultError, assert_close
-from fastvae.functional import dictionary_update, duality_gap, ista, sparse_encode
+from fastvae.estimators import MiniBatchDictionaryLearning
+from fastvae.functional import dictionary_update, duality_gap, ista, sparse_encode, sparse_value
 
 PROBLEMS = [(64, 256, 0.15), (64, 256, 0.05), (144, 512, 0.1), (256, 1024, 0.075)]  # features, atoms, l1
 GAPS = [1e-2, 1e-3, 1e-4, 1e-6]
@@ -60,6 +61,7 @@ def cases() -> Iterator[Case]:
             yield _encode_case(features, atoms, l1, 1000, gap)
         yield _encode_case(features, atoms, l1, 16_000, 1e-4)
     yield _ista_case(1024, 64, 256, 100)
+    yield _learning_case(29_184, 64, 256, 0.15, 512)
 
 
 def _encode_case(features: int, atoms: int, l1: float, samples: int, gap: float) -> Case:
@@ -72,7 +74,7 @@ def _encode_case(features: int, atoms: int, l1: float, samples: int, gap: float)
             contenders |= _fista(x, dictionary, l1, gap)
         doubles = x.double().numpy(), dictionary.double().numpy()
         # In float32 its tolerance is out of its reach.
-        contenders["scikit-learn lasso_cd, float64"] = lambda: sklearn_encode(
+        contenders["scikit-learn, float64"] = lambda: sklearn.decomposition.sparse_encode(
             *doubles, algorithm="lasso_cd", alpha=l1, n_jobs=torch.get_num_threads(), max_iter=100_000
         )
 
@@ -193,4 +195,49 @@ def _ista_case(samples: int, features: int, atoms: int, iterations: int) -> Case
         check,
         flops=iterations * samples * min(4.0 * features * atoms, 2.0 * atoms * atoms),
         bytes=4.0 * samples * (features + atoms),
+    )
+
+
+def _learning_case(samples: int, features: int, atoms: int, l1: float, batch: int) -> Case:
+    """One pass of minibatch dictionary learning from the same start; objectives are compared on other patches."""
+    x, held_out = patches(features, samples, seed=2).numpy(), patches(features, 5000, seed=3)
+    start = x[np.random.default_rng(0).permutation(samples)[:atoms]].copy()
+    settings: dict[str, Any] = {
+        "n_components": atoms, "alpha": l1, "batch_size": batch, "max_iter": 1, "dict_init": start, "tol": 0,
+        "max_no_improvement": None, "fit_algorithm": "cd", "random_state": 0,
+    }  # fmt: skip
+    theirs = sklearn.decomposition.MiniBatchDictionaryLearning(**settings, n_jobs=torch.get_num_threads())
+    doubles = x.astype(np.float64)  # in float32 it never reaches its tolerance
+    contenders: dict[str, Callable[[], Any]] = {
+        OURS: lambda: MiniBatchDictionaryLearning(**settings, verbose=False).fit(x).components_,
+        "scikit-learn, float64": lambda: theirs.fit(doubles).components_,
+    }
+    if importlib.util.find_spec("spams"):
+        import spams
+
+        columns, initial = np.asfortranarray(x.T), np.asfortranarray(start.T)
+        contenders["SPAMS"] = lambda: (
+            spams.trainDL(
+                columns, D=initial, K=atoms, lambda1=l1, batchsize=batch, iter=samples // batch, verbose=False,
+                numThreads=torch.get_num_threads(),
+            ).T
+        )  # fmt: skip
+
+    @functools.cache
+    def objective(name: str) -> float:
+        dictionary = torch.from_numpy(np.ascontiguousarray(contenders[name]())).float()
+        return sparse_value(held_out, dictionary, l1).mean().item()
+
+    def check(name: str) -> None:
+        if objective(name) > 1.005 * min(map(objective, contenders)):
+            raise WrongResultError(f"{name}: the held-out objective is {objective(name):.4f}, more than 0.5 % above")
+
+    return Case(
+        "sparse",
+        f"dictionary learning, one pass over {samples:,} patches, {features} features, {atoms} atoms, l1 {l1:g}",
+        "forward",
+        contenders,
+        check,
+        flops=2.0 * samples * atoms * (features + atoms),
+        bytes=4.0 * samples * features,
     )

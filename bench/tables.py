@@ -61,7 +61,7 @@ def summary(rows: list[Row]) -> str:
 
 def sparse_summary(rows: list[Row]) -> str:
     """Return the README's table of the sparse family: each peer's time as a multiple of ours."""
-    peers = {"SPAMS LARS": "SPAMS LARS", "SPAMS CD": "SPAMS CD", "scikit-learn lasso_cd, float64": "scikit-learn",
+    peers = {"SPAMS LARS": "SPAMS LARS", "SPAMS CD": "SPAMS CD", "SPAMS": "SPAMS", "scikit-learn, float64": "scikit-learn, float64",
              "eager": "eager", "torch.compile": "`torch.compile`"}  # fmt: skip
     lines = [f"| float32 | ours | {' | '.join(peers.values())} |", "|---|--:|" + "--:|" * len(peers)]
     for case in cases(row for row in rows if row["family"] == "sparse"):
