@@ -90,9 +90,9 @@ def reference_encode(x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor,
 
     Returns codes, relative gap, iterations and status.
 
-    Large dictionaries' Lipschitz constant is far above what a sparse code meets: each sample's L starts low, grows when
-    the quadratic bound fails, and is pinned at the safe bound after many failures. One product an iteration gives the
-    gradient, the gap and the test of the bound, since the gradient is linear between iterates.
+    A large dictionary's Lipschitz constant is far above what a sparse code meets: each sample's L starts low, doubles
+    when the quadratic bound fails, sinks by a tenth when it holds, and is pinned at the safe bound after many failures.
+    One product an iteration gives the gradient, the gap and the test of the bound: the gradient is linear in the codes.
     """
     (samples, _), atoms = x.shape, dictionary.shape[0]
     squared = x.square().sum(1)
@@ -135,8 +135,8 @@ def reference_encode(x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor,
         curvature = (move * (y_c - new_c)).sum(1) + l2 * move.square().sum(1)
         failed = (curvature > bound * move.square().sum(1) * (1 + 1e-6)) & (bound < highest)
         failures = failures + failed
-        bound = torch.where(failed, torch.minimum(1.5 * bound, highest), bound)
-        bound = torch.where(failures > 30, highest, bound)
+        lowered = torch.where(failures > 30, highest, torch.maximum(0.9 * bound, lowest))
+        bound = torch.where(failed, torch.minimum(2 * bound, highest), lowered)
         restart = ((y - new) * (new - h)).sum(1) > 0
         t = torch.where(failed | (not momentum), t, torch.where(restart, 1.0, t_next))
         keep = failed[:, None]
