@@ -65,7 +65,8 @@ def cases() -> Iterator[Case]:
 
 
 def _encode_case(features: int, atoms: int, l1: float, samples: int, gap: float) -> Case:
-    x, dictionary = patches(features, samples, seed=1), learned(features, atoms, l1)
+    dtype = torch.float32 if gap > 1e-5 else torch.float64
+    x, dictionary = patches(features, samples, seed=1).to(dtype), learned(features, atoms, l1).to(dtype)
     contenders: dict[str, Callable[[], Any]] = {OURS: lambda: sparse_encode(x, dictionary, l1, tol=gap)}
     if importlib.util.find_spec("spams"):
         contenders |= _spams(x, dictionary, l1, gap)
@@ -85,7 +86,8 @@ def _encode_case(features: int, atoms: int, l1: float, samples: int, gap: float)
 
     return Case(
         "sparse",
-        f"{samples:,} patches, {features} features, {atoms} atoms, l1 {l1:g}, gap {gap:g}",
+        f"{samples:,} patches, {features} features, {atoms} atoms, l1 {l1:g}, gap {gap:g}"
+        + (", float64" if dtype == torch.float64 else ""),
         "forward",
         contenders,
         check,
@@ -108,7 +110,7 @@ def _spams(x: Tensor, dictionary: Tensor, l1: float, gap: float) -> dict[str, Ca
     import spams
 
     columns, atoms = x.numpy().T, dictionary.numpy().T  # Fortran order, as it wants them, without a copy
-    start = scipy.sparse.csc_matrix((atoms.shape[1], columns.shape[1]), dtype=np.float32)
+    start = scipy.sparse.csc_matrix((atoms.shape[1], columns.shape[1]), dtype=columns.dtype)
 
     def lars() -> Any:
         return spams.lasso(columns, D=atoms, lambda1=l1, mode=2, numThreads=torch.get_num_threads())
