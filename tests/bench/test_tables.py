@@ -34,6 +34,18 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_sparse_summary_takes_the_better_of_a_peers_forms(folder: Path) -> None:
+    rows = tables.read(folder)
+    names = {"fastvae": "fastvae", "eager": "eager", "torch.compile": "eager, residual form", "third": "SPAMS LARS"}
+    shown = [
+        row | {"family": "sparse", "contender": names[row["contender"]]} for row in rows if row["contender"] in names
+    ]
+    hidden = [row | {"case": "a case, gap 0.01"} for row in shown]
+    lines = tables.sparse_summary([row for row in [*shown, *hidden] if row["direction"] == "forward"]).splitlines()
+    assert lines[0] == "| float32 | ours | SPAMS | SPAMS CD | scikit-learn, float64 | eager | `torch.compile` |"
+    assert lines[2:] == ["| a case | 1.25 ms | 3.00x |  |  | 2.00x |  |"]
+
+
 def test_summary_shows_training_against_each_peer(folder: Path) -> None:
     _, _, row, _, machine = tables.summary(tables.read(folder)).splitlines()
     cells = [cell.strip() for cell in row.strip("|").split("|")]
