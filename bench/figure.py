@@ -14,7 +14,7 @@ def draw(rows: list[Row], path: Path) -> None:
     matplotlib.use("agg")
     grouped = cases(rows)[::-1]
     peers = list(dict.fromkeys(row["contender"] for row in rows if row["contender"] != OURS))
-    figure, axes = plt.subplots(figsize=(11, 1.5 + 0.32 * len(grouped)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(13, 1.5 + 0.27 * len(grouped)), layout="constrained")
     for i, case in enumerate(grouped):
         axes.axhline(i, color="0.92", zorder=0)
         for row in case[1:]:
@@ -26,10 +26,11 @@ def draw(rows: list[Row], path: Path) -> None:
     axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
     axes.set_xlabel("time of the peer / time of fastvae (median; right of 1: fastvae is faster)")
     labels = [f"{case[0]['family']}: {case[0]['case']}, {case[0]['direction']}" for case in grouped]
+    axes.set_ylim(-0.7, len(grouped) - 0.3)
     axes.set_yticks(range(len(grouped)), labels, fontsize=8)
     for peer, name in enumerate(peers):
         axes.plot([], [], "osD^v"[peer % 5], color=f"C{peer}", label=name)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=len(peers), frameon=False)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=5, frameon=False)
     row = rows[0]
     axes.set_title(f"{row['cpu']}, {row['threads']} threads, torch {row['torch']}", fontsize=9)
     figure.savefig(path, dpi=110)
