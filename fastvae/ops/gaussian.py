@@ -305,8 +305,8 @@ def gaussian_sample_kl(
 
     Source: Kingma & Welling 2014, "Auto-encoding variational Bayes".
     """
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples: expected None or at least 1, got {num_samples}")
+    if num_samples is not None and not (isinstance(num_samples, int | torch.SymInt) and num_samples >= 1):
+        raise ValueError(f"num_samples: expected None or an integer of at least 1, got {num_samples}")
     prior_mean, prior_log_var = _check(mean, log_var, prior_mean, prior_log_var, reduction)
     if seed is None:
         seed = draw_seed(mean.device, generator)
