@@ -213,8 +213,10 @@ def _from_support_solution(v: Tensor, codes: Tensor, x: Tensor, dictionary: Tens
 def _check_values(x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor) -> None:
     # Inside the ops, which wait for the data anyway; a test on values would break a compiled graph outside.
     for name, tensor in (("x", x), ("dictionary", dictionary)):
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name}: expected finite numbers, got nan or inf")
+        if not bool(torch.isfinite(torch.linalg.vecdot(tensor, tensor)).all()):
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name}: expected finite numbers, got nan or inf")
+            raise ValueError(f"{name}: expected rows of finite norm, got numbers up to {tensor.abs().max().item():g}")
     for name, tensor in (("l1", l1), ("weights", weights)):
         if not bool(((tensor > 0) & torch.isfinite(tensor)).all()):
             raise ValueError(f"{name}: expected finite numbers above 0, got {tensor.min().item():g} at least")
@@ -260,8 +262,8 @@ def _cpu_encode(method: str, x: Tensor, dictionary: Tensor, l1: Tensor, weights:
     codes, gap = large(x.new_empty(samples, atoms)), x.new_empty(samples)
     iterations = torch.empty(samples, dtype=torch.int64)
     status = torch.empty(samples, dtype=torch.int8)
-    # Supports are hardly larger than the features; with l2 they may be.
-    capacity = min(atoms, max(512, 2 * features, 4096 if l2 else 0))
+    # Supports are hardly larger than the features, except with l2. Each thread's memory is 8 to 16 capacity^2 bytes.
+    capacity = min(atoms, 2048, max(512, 2 * features, 2048 if l2 else 0))
     double, threads = x.dtype == torch.float64, torch.get_num_threads()
     memory = torch.empty(threads * CORE.sparse_workspace(double, atoms, capacity), dtype=torch.uint8)
     block = max(64, _BLOCK_PRODUCTS // atoms)

@@ -435,6 +435,9 @@ def test_errors_name_the_argument():
         ),
         "positive: not for solvers": lambda: sparse_encode(x, dictionary, solver="iht", n_nonzero=3, positive=True),
         "x: expected finite numbers, got nan or inf": lambda: sparse_encode(nan, dictionary, 0.1),
+        r"x: expected rows of finite norm, got numbers up to 1e\+30": lambda: sparse_encode(
+            torch.full_like(x, 1e30), dictionary, 0.1
+        ),
         "step: expected a finite number above 0, got 0": lambda: ista(x, dictionary, 0.1, step=0),
         "max_iter: expected at least 0, got -1": lambda: ista(x, dictionary, 0.1, max_iter=-1),
         "threshold: expected at least 0, got -1": lambda: soft_threshold(x, -1),
