@@ -98,7 +98,7 @@ struct SparseEncode {
   double l2, tol;                   // tol: of the duality gap, relative to |x|^2
   bool positive;
   int64_t samples, atoms, max_iter;
-  int64_t first_atoms, capacity;  // of the working set: at the start, and at most
+  int64_t capacity;  // of the working set
   void *codes, *gap;
   int64_t *iterations;
   int8_t *status;

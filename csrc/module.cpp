@@ -132,9 +132,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "sparse_encode",
       [](bool is_double, Address gram, Address products, Address squared, Address l1, Address weights, Address init,
-         double l2, double tol, bool positive, int64_t samples, int64_t atoms, int64_t max_iter, int64_t first_atoms,
-         int64_t capacity, Address codes, Address gap, Address iterations, Address status, Address memory,
-         int64_t workspaces) {
+         double l2, double tol, bool positive, int64_t samples, int64_t atoms, int64_t max_iter, int64_t capacity,
+         Address codes, Address gap, Address iterations, Address status, Address memory, int64_t workspaces) {
         kernels().sparse_encode({is_double,
                                  at(gram),
                                  at(products),
@@ -148,7 +147,6 @@ PYBIND11_MODULE(_C, m) {
                                  samples,
                                  atoms,
                                  max_iter,
-                                 first_atoms,
                                  capacity,
                                  at(codes),
                                  at(gap),

@@ -15,10 +15,6 @@ namespace fastvae::FASTVAE_ISA {
 namespace {
 
 template <typename T>
-FASTVAE_INLINE T absolute(T x) {
-  return x < T(0) ? -x : x;
-}
-template <typename T>
 FASTVAE_INLINE T shrink(T x, T threshold, bool positive) {
   // Less what the interval of the threshold holds of it: compilers turn this into vector code.
   T held = x > threshold ? threshold : x;
@@ -158,6 +154,8 @@ struct Workspace {
     return int64_t(sizeof(T)) * (2 * padded(m) + 2 * capacity * stride_of(capacity) + 11 * padded(capacity) + 64);
   }
 };
+
+constexpr int64_t kFirstAtoms = 8;  // of a working set
 
 template <typename T>
 struct Sample {
@@ -362,7 +360,7 @@ struct Sample {
       if (stalled == 0) lowest = reached;
       if (converged || sweeps >= p.max_iter || stalled >= 10) break;
       if (w.size == w.capacity) drop_zeros();
-      grow(min(w.capacity - w.size, max<int64_t>(p.first_atoms, w.size * 3 / 4)));
+      grow(min(w.capacity - w.size, max(kFirstAtoms, w.size * 3 / 4)));
       // The restricted problem need be no better than what the rest leaves open; when stalled, it is.
       const T enough = stalled ? T(0.1) * target : max(T(0.1) * reached, T(0.3) * target);
       // An exact step costs some size / 6 sweeps.
@@ -432,12 +430,11 @@ void solve_support(const SparseSupport &p) {
 constexpr int kIstaVectors = kAccumulators >= 24 ? 4 : 2;
 constexpr int64_t kIstaRows = 4 * (kAccumulators / kIstaVectors);
 
-// Packs a (inner, columns) matrix with the given strides for multiply_packed, blocks [first, last) of columns.
+// Packs a (inner, columns) matrix with the given strides for multiply_packed.
 template <typename T>
-void pack(const T *from, int64_t inner, int64_t columns, int64_t stride, int64_t step, T *to, int64_t first,
-          int64_t last) {
+void pack(const T *from, int64_t inner, int64_t columns, int64_t stride, int64_t step, T *to) {
   constexpr int64_t W = kIstaVectors * kWidth<T>;
-  for (int64_t block = first; block < last; ++block) {
+  for (int64_t block = 0; block * W < columns; ++block) {
     for (int64_t k = 0; k < inner; ++k) {
       for (int64_t j = 0; j < W; ++j) {
         const int64_t column = block * W + j;
@@ -469,7 +466,7 @@ void ista(const Ista &p) {
   const T *l1 = static_cast<const T *>(p.l1), *init = static_cast<const T *>(p.init);
   T *codes_out = static_cast<T *>(p.codes), *packed = static_cast<T *>(p.packed);
   T *packed_back = packed + (kGram ? 0 : narrow * m * W);  // residual form: A, then its transpose
-  const int64_t inner = kGram ? m : d, held = kGram ? m : d;
+  const int64_t inner = kGram ? m : d;
   const T step = T(p.step);
   const int64_t blocks = (p.samples + kIstaRows - 1) / kIstaRows;
   const int threads = int(min<int64_t>(threads_for(blocks, 1), p.workspaces));
@@ -478,14 +475,14 @@ void ista(const Ista &p) {
 #pragma omp single
     {
       if (kGram) {
-        pack(matrix, m, m, m, 1, packed_back, 0, wide);
+        pack(matrix, m, m, m, 1, packed_back);
       } else {
-        pack(matrix, m, d, d, 1, packed, 0, narrow);
-        pack(matrix, d, m, 1, d, packed_back, 0, wide);
+        pack(matrix, m, d, d, 1, packed);
+        pack(matrix, d, m, 1, d, packed_back);
       }
     }
     // Of a block of samples: codes, the point the gradient is taken at, and the residual or the next point.
-    T *const codes = static_cast<T *>(p.memory) + thread_index() * kIstaRows * (2 * m + held);
+    T *const codes = static_cast<T *>(p.memory) + thread_index() * kIstaRows * (2 * m + inner);
     T *const points = codes + kIstaRows * m, *const other = points + kIstaRows * m;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t block = 0; block < blocks; ++block) {

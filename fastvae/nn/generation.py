@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvae.ops.backend import compute_dtype
+
 if TYPE_CHECKING:
     from fastvae.nn.lstm import LSTMDecoder
 
@@ -129,7 +131,7 @@ class _Recurrence:
         self.decoder = decoder
         self.rows = z.size(0)
         self.start = decoder.initial_states(z)
-        self.score_dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+        self.score_dtype = compute_dtype(z)
         self.weight_input = decoder.weight_ih[:, : decoder.embed_dim]
         # The latent adds the same to the gates at every step.
         self.static = F.linear(z, decoder.weight_ih[:, decoder.embed_dim :], decoder.bias)

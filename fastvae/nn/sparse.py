@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvae.ops.backend import first_order
+from fastvae.ops.backend import compute_dtype, first_order
 from fastvae.ops.checks import check_choice
 from fastvae.ops.sparse import lipschitz, soft_threshold, sparse_encode
 from fastvae.ops.top_k import top_k_decode, top_k_encode
@@ -67,10 +67,9 @@ class SparseCoding(nn.Module):
         """Solve for the codes (..., n_atoms) of x (..., n_features), with gradients to x and the dictionary."""
         settings: dict[str, Any] = {} if self.max_iter is None else {"max_iter": self.max_iter}
         rows = _rows(x, self.n_features).to(self.dictionary.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # a half-precision product could not reach the tolerance
-            codes = sparse_encode(
-                rows, self.dictionary, self.l1, l2=self.l2, positive=self.positive, tol=self.tol, **settings
-            )
+        codes = sparse_encode(
+            rows, self.dictionary, self.l1, l2=self.l2, positive=self.positive, tol=self.tol, **settings
+        )
         return codes.reshape(*x.shape[:-1], self.n_atoms)
 
     def reconstruct(self, codes: Tensor) -> Tensor:
@@ -148,7 +147,7 @@ class LISTA(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Make every layer a step of ISTA for `dictionary` again."""
-        atoms = self.dictionary.to(_loss_dtype(self.dictionary))
+        atoms = self.dictionary.to(compute_dtype(self.dictionary))
         step = 1 / lipschitz(atoms)
         self.encoder.copy_(step * atoms)
         self.lateral.copy_(torch.eye(self.n_atoms, device=atoms.device, dtype=atoms.dtype) - step * atoms @ atoms.T)
@@ -293,7 +292,7 @@ class SparseAutoEncoder(nn.Module):
         if activation == "jump_relu":
             self.log_threshold = nn.Parameter(torch.full_like(self.bias, math.log(threshold)))
         if activation == "batch_top_k":
-            self.register_buffer("inference_threshold", torch.zeros((), device=device, dtype=_loss_dtype(self.bias)))
+            self.register_buffer("inference_threshold", torch.zeros((), device=device, dtype=compute_dtype(self.bias)))
             self.register_buffer("threshold_batches", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("samples_since_fired", torch.zeros(n_latents, dtype=torch.int64, device=device))
 
@@ -357,7 +356,7 @@ class SparseAutoEncoder(nn.Module):
     def remove_parallel_gradient_(self) -> SparseAutoEncoder:
         """Take out of the decoder's gradient what `renormalize_` would undo: each row's component along the row."""
         if self.decoder.grad is not None:
-            dtype = _loss_dtype(self.decoder)
+            dtype = compute_dtype(self.decoder)
             grad, rows = self.decoder.grad.to(dtype), self.decoder.to(dtype)
             unit = F.normalize(rows, dim=1, eps=torch.finfo(dtype).tiny)
             self.decoder.grad -= (grad * unit).sum(1, keepdim=True) * unit
@@ -390,7 +389,7 @@ class SparseAutoEncoder(nn.Module):
         codes = F.relu(latent)
         if self.activation == "relu":
             assert self.l1 is not None
-            return codes, self.l1 * _mean(codes.sum(1, dtype=_loss_dtype(codes)))
+            return codes, self.l1 * _mean(codes.sum(1, dtype=compute_dtype(codes)))
         if not self.training:
             return codes * (codes > self.inference_threshold), _loss_zero(codes)
         assert self.k is not None
@@ -457,7 +456,7 @@ class _JumpReLU(torch.autograd.Function):
         ctx.save_for_backward(z, threshold)
         ctx.bandwidth = bandwidth
         active = z > threshold
-        return z * active, active.sum(1).to(_loss_dtype(z))
+        return z * active, active.sum(1).to(compute_dtype(z))
 
     @staticmethod
     @first_order
@@ -468,12 +467,8 @@ class _JumpReLU(torch.autograd.Function):
         return grad_codes * (z > threshold), pull.sum(0) / -ctx.bandwidth, None
 
 
-def _loss_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def _loss_zero(tensor: Tensor) -> Tensor:
-    return torch.zeros((), dtype=_loss_dtype(tensor), device=tensor.device)
+    return torch.zeros((), dtype=compute_dtype(tensor), device=tensor.device)
 
 
 def _mean(per_sample: Tensor) -> Tensor:
@@ -481,7 +476,7 @@ def _mean(per_sample: Tensor) -> Tensor:
 
 
 def _squared_error(target: Tensor, estimate: Tensor) -> Tensor:
-    dtype = _loss_dtype(target)
+    dtype = compute_dtype(target)
     return _mean((target.to(dtype) - estimate.to(dtype)).square().sum(1))
 
 
@@ -491,7 +486,7 @@ def _unit_rows(rows: int, columns: int, device: torch.device | str | None, dtype
 
 @torch.no_grad()
 def _renormalize_(rows: Tensor, constraint: str) -> None:
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=_loss_dtype(rows))
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=compute_dtype(rows))
     rows /= norms.clamp_min(1) if constraint == "ball" else torch.where(norms > 0, norms, 1)
 
 

@@ -172,6 +172,11 @@ def in_autocast_dtype(weight: torch.Tensor, *others: torch.Tensor | None) -> lis
     return [t if t is None else t.to(dtype) for t in operands]
 
 
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Return the dtype to compute in for `tensor`: float64 for float64, float32 for all others."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def dtype_code(tensor: torch.Tensor) -> int:
     """Return the C++ core's number for `tensor`'s dtype (``DType`` in csrc/kernels.h)."""
     return _DTYPE_CODES[tensor.dtype]

@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae.ops.backend import CORE, first_order, in_autocast_dtype, kernel, large, pointer, recording, register
+from fastvae.ops.backend import (
+    CORE,
+    compute_dtype,
+    first_order,
+    in_autocast_dtype,
+    kernel,
+    large,
+    pointer,
+    recording,
+    register,
+)
 from fastvae.ops.checks import check_choice, check_float, check_index, check_like, check_shape
 
 _BLOCK_LOGITS = 2_500_000  # logits of a block of rows: 10 MB of float32
@@ -26,7 +36,7 @@ def reference(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """Eager definition: losses and logsumexp of the logits, both (rows,), 0 at ignored rows."""
-    compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(hidden)
     logits = F.linear(hidden.to(compute), weight.to(compute), None if bias is None else bias.to(compute))
     losses = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
     return losses, torch.logsumexp(logits, -1).masked_fill(target == ignore_index, 0)
@@ -45,7 +55,7 @@ def reference_with_gradients(
 
     The gradients have the losses' type: in float16 a sum over many rows would overflow before it is scaled.
     """
-    compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(hidden)
     inputs = [t.detach().to(compute).requires_grad_() for t in (hidden, weight, bias) if t is not None]
     with recording():
         losses, lse = reference(inputs[0], inputs[1], inputs[2] if bias is not None else None, target, ignore_index)
@@ -99,7 +109,7 @@ def _cpu_blocks(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Go through the rows in blocks; returns losses, lse and the gradients of sum(grad_losses * losses)."""
     assert CORE is not None
-    compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(hidden)
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     kept = (target != ignore_index).nonzero().squeeze(1)
     compact = kept.numel() < rows
@@ -232,7 +242,7 @@ def _cuda_backward(
 
 # ------------------------------------------------------------------------------------------ schema, autograd
 def _fake_forward(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(hidden)
     losses = hidden.new_empty(hidden.shape[:1], dtype=compute)
     return losses, torch.empty_like(losses)
 

@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.ops.backend import CORE, dtype_code, first_order, kernel, large, pointer, recording, register
+from fastvae.ops.backend import (
+    CORE,
+    compute_dtype,
+    dtype_code,
+    first_order,
+    kernel,
+    large,
+    pointer,
+    recording,
+    register,
+)
 from fastvae.ops.checks import check_choice, check_float, check_like, check_seed
 from fastvae.ops.random import draw_seed, normal
 
@@ -31,7 +41,7 @@ def reference_sample_kl(
     sum_latent: bool,
 ) -> tuple[Tensor, Tensor]:
     """Eager definition. mean, log_var (..., D), prior (D,) or (..., D); z (..., D), or (S, ..., D) with num_samples."""
-    compute = _compute_dtype(mean)
+    compute = compute_dtype(mean)
     mean_, log_var_ = mean.to(compute), log_var.to(compute).clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT)
     shape = _z_shape(mean, num_samples)
     offsets = torch.arange(math.prod(shape), device=mean.device).reshape(shape)
@@ -77,10 +87,6 @@ def _z_shape(mean: Tensor, num_samples: int | None) -> tuple[int, ...]:
     return tuple(mean.shape) if num_samples is None else (num_samples, *mean.shape)
 
 
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 # ----------------------------------------------------------------------------------------------- C++ on CPU
 def _cpu_sample_kl(
     mean: Tensor,
@@ -96,7 +102,7 @@ def _cpu_sample_kl(
     samples = 1 if num_samples is None else num_samples
     rows, latent = _rows(mean)
     z = large(mean.new_empty(_z_shape(mean, num_samples)))
-    kl = large(mean.new_empty(mean.shape[:-1] if sum_latent else mean.shape, dtype=_compute_dtype(mean)))
+    kl = large(mean.new_empty(mean.shape[:-1] if sum_latent else mean.shape, dtype=compute_dtype(mean)))
     prior_rows = 0
     if prior_mean is not None and prior_log_var is not None:
         prior_mean, prior_log_var = prior_mean.contiguous(), prior_log_var.contiguous()
@@ -152,7 +158,7 @@ def _prior_rows(prior_mean: Tensor, rows: int) -> int:
 
 def _no_prior(mean: Tensor) -> tuple[Tensor, Tensor]:
     # An op cannot return None: the gradients of an absent prior have no elements.
-    dtype = _compute_dtype(mean)
+    dtype = compute_dtype(mean)
     return mean.new_empty(0, dtype=dtype), mean.new_empty(0, dtype=dtype)
 
 
@@ -225,7 +231,7 @@ def _cuda_sample_kl_backward(
 def _fake_sample_kl(mean: Tensor, log_var: Tensor, prior_mean: Any, prior_log_var: Any, seed: Tensor,
                     num_samples: int | None, sum_latent: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     kl_shape = mean.shape[:-1] if sum_latent else mean.shape
-    return mean.new_empty(_z_shape(mean, num_samples)), mean.new_empty(kl_shape, dtype=_compute_dtype(mean))
+    return mean.new_empty(_z_shape(mean, num_samples)), mean.new_empty(kl_shape, dtype=compute_dtype(mean))
 
 
 def _fake_sample_kl_backward(grad_z: Any, grad_kl: Any, mean: Tensor, log_var: Tensor, prior_mean: Tensor | None,
@@ -348,7 +354,7 @@ def _check(mean: Tensor, log_var: Tensor, prior_mean: Tensor | None, prior_log_v
     prior = []
     for name, tensor in (("prior_mean", prior_mean), ("prior_log_var", prior_log_var)):
         if tensor is None:
-            tensor = mean.new_zeros((), dtype=_compute_dtype(mean))
+            tensor = mean.new_zeros((), dtype=compute_dtype(mean))
         check_float(name, tensor)
         if tensor.device != mean.device:
             raise ValueError(f"{name}: expected device {mean.device} as mean, got {tensor.device}")
@@ -360,7 +366,7 @@ def _check(mean: Tensor, log_var: Tensor, prior_mean: Tensor | None, prior_log_v
             raise ValueError(
                 f"{name}: expected a shape that broadcasts to mean's {tuple(mean.shape)}, got {tuple(tensor.shape)}"
             )
-        prior.append(tensor.to(_compute_dtype(mean)))
+        prior.append(tensor.to(compute_dtype(mean)))
     # A prior without batch dimensions stays one row, so that its gradient is summed inside the kernel.
     shared = all(math.prod(tensor.shape[:-1]) == 1 for tensor in prior)
     shape = mean.shape[-1:] if shared else mean.shape

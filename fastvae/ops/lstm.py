@@ -18,6 +18,7 @@ from torch import Tensor
 from fastvae.ops.backend import (
     CORE,
     TRITON_MISSING,
+    compute_dtype,
     first_order,
     in_autocast_dtype,
     kernel,
@@ -452,7 +453,7 @@ def lstm_decode(
     static_gates = embedding.new_zeros((batch, 4 * hidden_size)) if bias is None else bias.expand(batch, -1)
     if z is not None:
         static_gates = F.linear(z.to(embedding.dtype), weight_ih[:, embed_size:], bias)
-    static_gates = static_gates.to(torch.float64 if embedding.dtype == torch.float64 else torch.float32)
+    static_gates = static_gates.to(compute_dtype(embedding))
     return _LSTMDecode.apply(
         tokens, lengths, static_gates, h0.to(embedding.dtype), c0.to(embedding.dtype), embedding,
         weight_ih[:, :embed_size], weight_hh, seed, word_dropout, -1 if unk_index is None else unk_index,

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.ops.backend import CORE, first_order, kernel, large, pointer, register
+from fastvae.ops.backend import CORE, compute_dtype, first_order, kernel, large, pointer, register
 from fastvae.ops.checks import check_choice, check_float, check_like, check_shape
 
 CONVERGED, MAX_ITER = 0, 1
@@ -50,10 +50,6 @@ class SparseInfo(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------ definition
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def shrink(x: Tensor, threshold: Tensor | float, positive: bool = False) -> Tensor:
     """Soft threshold: the proximal operator of threshold * |x|, of it on x >= 0 if `positive`."""
     return (x - threshold).clamp_min(0) if positive else x.sign() * (x.abs() - threshold).clamp_min(0)
@@ -73,14 +69,23 @@ def reference_ista(x: Tensor, dictionary: Tensor, l1: Tensor, step: Tensor, init
                    momentum: bool) -> Tensor:  # fmt: skip
     """Run `max_iter` iterations of ISTA, or of FISTA with `momentum`."""
     codes = x.new_zeros(x.shape[0], dictionary.shape[0]) if init is None else init.clone()
-    point, t = codes, 1.0
-    for _ in range(max_iter):
+    point = codes
+    for beta in _momenta(max_iter, momentum):
         residual = x - point @ dictionary
         new = shrink(point + step * (residual @ dictionary.T), step * l1[:, None])
-        t_next = 0.5 * (1 + math.sqrt(1 + 4 * t * t)) if momentum else 1.0
-        point = new + (t - 1) / t_next * (new - codes) if momentum else new
-        codes, t = new, t_next
+        point = new + beta * (new - codes)
+        codes = new
     return codes
+
+
+def _momenta(max_iter: int, momentum: bool) -> list[float]:
+    """How far each iteration goes on in the direction of its step: Nesterov's factors, or zeros."""
+    betas, t = [], 1.0
+    for _ in range(max_iter):
+        t_next = 0.5 * (1 + math.sqrt(1 + 4 * t * t))
+        betas.append((t - 1) / t_next if momentum else 0.0)
+        t = t_next
+    return betas
 
 
 def reference_encode(x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor, l2: float, positive: bool,
@@ -151,29 +156,26 @@ def reference_ista_backward(grad: Tensor, x: Tensor, dictionary: Tensor, l1: Ten
                             max_iter: int, momentum: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, dictionary, l1 and init; the iterates of a block of samples are made again and held."""
     grads = torch.zeros_like(x), torch.zeros_like(dictionary), torch.zeros_like(l1), torch.zeros_like(grad)
+    betas = _momenta(max_iter, momentum)
     block = max(1, _BLOCK_ITERATES // max(1, dictionary.shape[0] * max_iter))
     for first in range(0, x.shape[0], block):
         rows = slice(first, first + block)
         codes = [grad.new_zeros(grad[rows].shape) if init is None else init[rows]]
-        points, betas, t = [codes[0]], [], 1.0
-        for _ in range(max_iter):
+        points = [codes[0]]
+        for beta in betas:
             point = points[-1]
             codes.append(shrink(point + step * ((x[rows] - point @ dictionary) @ dictionary.T), step * l1[rows, None]))
-            t_next = 0.5 * (1 + math.sqrt(1 + 4 * t * t)) if momentum else 1.0
-            betas.append((t - 1) / t_next if momentum else 0.0)
-            points.append(codes[-1] + betas[-1] * (codes[-1] - codes[-2]))
-            t = t_next
-        g, g_before, g_point = grad[rows], torch.zeros_like(grad[rows]), torch.zeros_like(grad[rows])
+            points.append(codes[-1] + beta * (codes[-1] - codes[-2]))
+        g, g_point = grad[rows], torch.zeros_like(grad[rows])  # of the codes and of the point after iteration k
         for k in reversed(range(max_iter)):
-            g = g + (1 + betas[k]) * g_point
-            g_before = g_before - betas[k] * g_point
+            g, g_before = g + (1 + betas[k]) * g_point, -betas[k] * g_point
             through = g * (codes[k + 1] != 0)
             pull = step * (through @ dictionary)
             grads[0][rows] += pull
             grads[1].addmm_(through.T, step * (x[rows] - points[k] @ dictionary)).addmm_(points[k].T, pull, alpha=-1)
             grads[2][rows] -= step * (through * codes[k + 1].sign()).sum(1)
             g_point = through - pull @ dictionary.T
-            g, g_before = g_before, torch.zeros_like(g)
+            g = g_before
         grads[3][rows] = g + g_point
     return grads
 
@@ -210,16 +212,19 @@ def _from_support_solution(v: Tensor, codes: Tensor, x: Tensor, dictionary: Tens
     return grad_x, grad_dictionary, (signed * weights).sum(1), (signed * l1[:, None]).sum(0)
 
 
-def _check_values(x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor) -> None:
+def _check_values(x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor) -> Tensor:
+    """Raise for values that have no solution; returns |x|^2, (samples,)."""
     # Inside the ops, which wait for the data anyway; a test on values would break a compiled graph outside.
-    for name, tensor in (("x", x), ("dictionary", dictionary)):
-        if not bool(torch.isfinite(torch.linalg.vecdot(tensor, tensor)).all()):
+    squared, atoms_squared = (torch.linalg.vecdot(t, t) for t in (x, dictionary))
+    for name, tensor, norms in (("x", x, squared), ("dictionary", dictionary, atoms_squared)):
+        if not bool(torch.isfinite(norms).all()):
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{name}: expected finite numbers, got nan or inf")
             raise ValueError(f"{name}: expected rows of finite norm, got numbers up to {tensor.abs().max().item():g}")
     for name, tensor in (("l1", l1), ("weights", weights)):
         if not bool(((tensor > 0) & torch.isfinite(tensor)).all()):
             raise ValueError(f"{name}: expected finite numbers above 0, got {tensor.min().item():g} at least")
+    return squared
 
 
 def _reference_op(method: str, x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor, l2: float, positive: bool,
@@ -243,7 +248,6 @@ def _warn(status: Tensor, max_iter: int) -> None:
 
 # ----------------------------------------------------------------------------------------------- C++ on CPU
 _BLOCK_PRODUCTS = 1 << 20  # numbers of x A' at a time: 4 MB of float32
-_FIRST_ATOMS = 8
 _MAX_GRAM_ATOMS = 8192  # a Gram matrix of 256 MB; beyond, FISTA without one
 
 
@@ -253,12 +257,11 @@ def _cpu_encode(method: str, x: Tensor, dictionary: Tensor, l1: Tensor, weights:
     (samples, features), atoms = x.shape, dictionary.shape[0]
     if method != "cd" or atoms > _MAX_GRAM_ATOMS or atoms == 0:
         return _reference_op(method, x, dictionary, l1, weights, l2, positive, init, tol, max_iter)  # type: ignore[return-value]
-    _check_values(x, dictionary, l1, weights)
+    squared = _check_values(x, dictionary, l1, weights)
     x, dictionary, l1 = x.contiguous(), dictionary.contiguous(), l1.contiguous()
     init = None if init is None else init.contiguous()
     factors = None if bool((weights == 1).all()) else torch.nn.functional.pad(weights, (0, -atoms % 16), value=1.0)
     gram = dictionary @ dictionary.T
-    squared = torch.linalg.vecdot(x, x)
     codes, gap = large(x.new_empty(samples, atoms)), x.new_empty(samples)
     iterations = torch.empty(samples, dtype=torch.int64)
     status = torch.empty(samples, dtype=torch.int8)
@@ -274,8 +277,8 @@ def _cpu_encode(method: str, x: Tensor, dictionary: Tensor, l1: Tensor, weights:
         torch.mm(x[rows], dictionary.T, out=products[:count])
         CORE.sparse_encode(
             double, pointer(gram), pointer(products), pointer(squared[rows]), pointer(l1[rows]), pointer(factors),
-            pointer(None if init is None else init[rows]), l2, tol, positive, count, atoms, max_iter, _FIRST_ATOMS,
-            capacity, pointer(codes[rows]), pointer(gap[rows]), pointer(iterations[rows]), pointer(status[rows]),
+            pointer(None if init is None else init[rows]), l2, tol, positive, count, atoms, max_iter, capacity,
+            pointer(codes[rows]), pointer(gap[rows]), pointer(iterations[rows]), pointer(status[rows]),
             pointer(memory), threads,
         )  # fmt: skip
     _warn(status, max_iter)
@@ -310,8 +313,8 @@ def _cpu_ista(x: Tensor, dictionary: Tensor, l1: Tensor, step: Tensor, init: Ten
     target = x @ dictionary.T if use_gram else x
     codes = large(x.new_empty(samples, atoms))
     double, threads = x.dtype == torch.float64, torch.get_num_threads()
-    packed, memory = (x.new_empty(size) for size in CORE.ista_sizes(double, use_gram, atoms, features))
-    memory = x.new_empty(threads * memory.numel())
+    packed_size, memory_size = CORE.ista_sizes(double, use_gram, atoms, features)
+    packed, memory = x.new_empty(packed_size), x.new_empty(threads * memory_size)
     CORE.ista(
         double, use_gram, momentum, pointer(matrix), pointer(target), pointer(l1), pointer(init), step.item(), samples,
         atoms, features, max_iter, pointer(codes), pointer(packed), pointer(memory), threads,
@@ -428,7 +431,7 @@ def _problem(x: Tensor, dictionary: Tensor, l1: float | Tensor, weights: Tensor 
             f"dictionary: expected shape (atoms, features) with the {x.shape[1]} features of x, "
             f"got {tuple(dictionary.shape)}"
         )
-    compute = _compute_dtype(x)
+    compute = compute_dtype(x)
     if isinstance(l1, Tensor):
         check_float("l1", l1)
         if l1.dim() and tuple(l1.shape) != (x.shape[0],):
@@ -452,7 +455,7 @@ def _problem(x: Tensor, dictionary: Tensor, l1: float | Tensor, weights: Tensor 
 def _check_codes(name: str, codes: Tensor, x: Tensor, dictionary: Tensor) -> Tensor:
     check_like(name, codes, "x", x)
     check_shape(name, codes, (x.shape[0], dictionary.shape[0]), "(samples, atoms)")
-    return codes.to(_compute_dtype(x))
+    return codes.to(compute_dtype(x))
 
 
 def _full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -667,7 +670,9 @@ def sparse_encode(
                 tol if x.dtype == x_.dtype else tol / 4, max_iter,
             )  # fmt: skip
             info = SparseInfo(gap, iterations, status)
-    codes = _OnSupport.apply(codes, x_, dictionary_, l1_, weights_, l2).to(x.dtype)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x_, dictionary_, l1_, weights_)):
+        codes = _OnSupport.apply(codes, x_, dictionary_, l1_, weights_, l2)
+    codes = codes.to(x.dtype)
     if return_info and x.dtype != x_.dtype and not pursuit:
         # The certificate is of the codes that are returned, and rounding moved them.
         with torch.no_grad():

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae.ops.backend import first_order, in_autocast_dtype, recording, register
+from fastvae.ops.backend import compute_dtype, first_order, in_autocast_dtype, recording, register
 from fastvae.ops.checks import check_choice, check_float, check_index, check_like, check_shape
 
 _BLOCK_LATENTS = 2_500_000  # pre-activations of a block of rows: 10 MB of float32 stay in cache
@@ -29,7 +29,7 @@ _MIN_BLOCK_ROWS = 128  # below this the product is bound by reading the weight
 # -------------------------------------------------------------------------------------------------- the ops
 def encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, relu: bool) -> tuple[Tensor, Tensor]:
     """The k largest of F.linear(x, weight, bias) in each row, in descending order, and where they are."""
-    rows, latents, compute = x.shape[0], weight.shape[0], _compute_dtype(x)
+    rows, latents, compute = x.shape[0], weight.shape[0], compute_dtype(x)
     values = x.new_empty(rows, k)
     indices = torch.empty(rows, k, dtype=torch.int64, device=x.device)
     block = max(_MIN_BLOCK_ROWS, (_BLOCK_LATENTS_CUDA if x.is_cuda else _BLOCK_LATENTS) // latents)
@@ -57,7 +57,7 @@ def encode_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `encode` for x, weight and bias; those not needed have no elements."""
-    compute, latents = _compute_dtype(x), weight.shape[0]
+    compute, latents = compute_dtype(x), weight.shape[0]
     grad = grad_values.to(compute)
     if relu:
         grad = torch.where(values > 0, grad, 0)
@@ -79,7 +79,7 @@ def decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None)
         if low < 0 or high >= weight.shape[0]:
             wrong = low if low < 0 else high
             raise IndexError(f"indices: expected latents in [0, {weight.shape[0]}), got {wrong}")
-    compute = _compute_dtype(weight)
+    compute = compute_dtype(weight)
     y = _sum_rows(values.to(compute), indices, weight.to(compute))
     if bias is not None:
         y += bias.to(compute)
@@ -90,7 +90,7 @@ def decode_backward(
     grad: Tensor, values: Tensor, indices: Tensor, weight: Tensor, need_values: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `decode` for values, weight and bias; those not needed have no elements."""
-    compute = _compute_dtype(weight)
+    compute = compute_dtype(weight)
     grad = grad.to(compute)
     grad_values, grad_weight, grad_bias = (weight.new_empty(0) for _ in range(3))
     if need_values:
@@ -133,10 +133,6 @@ def _products_with_rows(vectors: Tensor, indices: Tensor, table: Tensor) -> Tens
     with recording():
         sums = F.embedding_bag(indices, table.detach(), per_sample_weights=values.requires_grad_(), mode="sum")
     return torch.autograd.grad(sums, values, vectors)[0]
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 # ------------------------------------------------------------------------------------------ schema, autograd
