@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,25 @@ from fastvae.training.checkpoint import replace_atomically
 
 _PANELS = (("neg_elbo", "-ELBO"), ("nll", "reconstruction NLL"), ("kl", "KL"))
 _UNIT = "nats / sentence"
+
+
+@contextlib.contextmanager
+def figure_to(path: str | Path, rows: int, columns: int, size: tuple[float, float], **settings: Any) -> Iterator[Any]:
+    """Give the axes, (rows * columns,), of a figure without window or global state; it is written when the block ends.
+
+    Args:
+        path: PNG to write, at once or not at all.
+        rows, columns: of panels.
+        size: width and height in inches.
+        **settings: of matplotlib's `Figure.subplots`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    yield figure.subplots(rows, columns, squeeze=False, **settings).ravel()
+    replace_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
 
 
 def plot_curves(rows: Sequence[dict[str, float]], path: str | Path, *, floor: float | None = None) -> Path:
@@ -30,13 +50,10 @@ def plot_curves(rows: Sequence[dict[str, float]], path: str | Path, *, floor: fl
 
     if not rows:
         raise ValueError("rows must hold at least one row of metrics, got none")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"axes.grid": True, "grid.alpha": 0.3, "font.size": 9}):
-        figure = Figure(figsize=(10, 6.5), layout="constrained")
-        FigureCanvasAgg(figure)  # no window, no global state
-        axes = figure.subplots(2, 2, sharex=True).ravel()
+    with (
+        matplotlib.rc_context({"axes.grid": True, "grid.alpha": 0.3, "font.size": 9}),
+        figure_to(path, 2, 2, (10, 6.5), sharex=True) as axes,
+    ):
         for axis, (term, title) in zip(axes, _PANELS, strict=False):
             _draw(axis, rows, f"train/{term}", "training", "tab:blue", "")
             _draw(axis, rows, f"valid/{term}", "validation", "tab:orange", "o")
@@ -49,7 +66,6 @@ def plot_curves(rows: Sequence[dict[str, float]], path: str | Path, *, floor: fl
         axes[3].set(title="weight of the KL", ylim=(-0.02, None))
         for axis in axes[2:]:
             axis.set_xlabel("optimizer step")
-        replace_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
     return Path(path)
 
 

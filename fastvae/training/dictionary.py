@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -15,6 +14,7 @@ import numpy as np
 
 from fastvae.estimators import MiniBatchDictionaryLearning, SparseCoder
 from fastvae.training.checkpoint import replace_atomically
+from fastvae.training.curves import figure_to
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 _HELD_OUT = 5000  # samples at most, and at most a tenth of all
@@ -270,7 +270,7 @@ def plot_atoms(components: np.ndarray, path: str | Path) -> None:
 
 
 def _plot_objective(objective: Sequence[float], path: Path) -> None:
-    with _figure(path, 1) as (axis,):
+    with figure_to(path, 1, 1, (5, 3.5)) as (axis,):
         width = max(1, len(objective) // 50)
         axis.plot(np.arange(1, len(objective) + 1), objective, color="tab:blue", alpha=0.3, label="batch")
         smooth = np.convolve(objective, np.ones(width) / width, "valid")
@@ -280,20 +280,8 @@ def _plot_objective(objective: Sequence[float], path: Path) -> None:
 
 
 def _plot_sparsity(nonzeros: np.ndarray, used: np.ndarray, path: Path) -> None:
-    with _figure(path, 2) as (left, right):
+    with figure_to(path, 1, 2, (10, 3.5)) as (left, right):
         left.hist(nonzeros, bins=np.arange(nonzeros.max() + 2) - 0.5, color="tab:blue")
         left.set(xlabel="atoms a sample uses", ylabel="samples", title=f"{nonzeros.mean():.1f} in the mean")
         right.plot(100 * used, color="tab:orange")
         right.set(xlabel="atom", ylabel="% of samples", title="that use an atom", ylim=(0, None))
-
-
-@contextlib.contextmanager
-def _figure(path: Path, panels: int) -> Iterator[Any]:
-    """Give the axes of a figure without window or global state; it is written when the block ends."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * panels, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    yield figure.subplots(1, panels, squeeze=False).ravel()
-    replace_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
