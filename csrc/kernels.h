@@ -44,35 +44,38 @@ struct CrossEntropyBlock {
 };
 
 // Packed sequences: rank r is the r-th longest sequence, order[r]. Step t holds the first active[t] ranks, in rows
-// start[t] on; `total` is the number of rows, the sum of the lengths.
-struct LSTMPlan {
-  int64_t batch, time, hidden;
+// start[t] on; `total` is the number of rows, the sum of the lengths. Each sequence may be run with several samples of
+// what differs between them (latent, states): sample s of sequence b is number s * batch + b, and its tensors are
+// (samples * batch, ...); rows of samples are `samples` times as many, those of one token side by side.
+struct PackedPlan {
+  int64_t batch, samples, time, hidden;
   const int64_t *lengths;         // (batch), by sequence
   const int64_t *order;           // (batch)
   const int64_t *active, *start;  // (time)
 };
 struct LSTMForward {
-  bool is_double;
-  LSTMPlan plan;
-  void *gates;               // (total, 4 hidden): in, the input's share; out, activated i, f, g, o
-  const void *static_gates;  // (batch, 4 hidden), by sequence
-  const void *h0, *c0;       // (batch, hidden), by sequence
+  bool is_double, keep;  // keep: gates and cells, for backward
+  PackedPlan plan;
+  const void *inputs;        // (total, 4 hidden): the input's share of the gates
+  const void *static_gates;  // (samples * batch, 4 hidden), by sequence
+  const void *h0, *c0;       // (samples * batch, hidden), by sequence
   const void *weight_hh;     // (4 hidden, hidden)
-  void *cells;               // (total, hidden)
-  void *hidden;              // (batch, time, hidden), zero in the padding
-  void *h_n, *c_n;           // (batch, hidden), by sequence
-  void *states, *sorted_h0;  // scratch, (total, hidden) and (batch, hidden)
+  void *gates;      // (samples * total, 4 hidden), activated i, f, g, o, may be `inputs`; or null: keep nothing
+  void *cells;      // (samples * total, hidden); scratch (samples * batch, hidden) without gates
+  void *hidden;     // (samples * batch, time, hidden), zero in the padding
+  void *h_n, *c_n;  // (samples * batch, hidden), by sequence
+  void *states, *sorted_h0;  // scratch, (samples * total, hidden) and (samples * batch, hidden)
   void *packed_weight;       // scratch, (hidden, 4, hidden rounded up to a multiple of 16)
 };
 struct LSTMBackward {
   bool is_double;
-  LSTMPlan plan;
-  const void *grad_states;          // (total, hidden)
-  const void *grad_h_n, *grad_c_n;  // (batch, hidden), by sequence
+  PackedPlan plan;
+  const void *grad_states;          // (samples * total, hidden)
+  const void *grad_h_n, *grad_c_n;  // (samples * batch, hidden), by sequence
   const void *gates, *cells, *c0, *weight_hh;
-  void *grad_gates;         // (total, 4 hidden), before the activations
-  void *grad_static_gates;  // (batch, 4 hidden), by sequence
-  void *grad_h0, *grad_c0;  // (batch, hidden), by sequence
+  void *grad_gates;         // (samples * total, 4 hidden), before the activations
+  void *grad_static_gates;  // (samples * batch, 4 hidden), by sequence
+  void *grad_h0, *grad_c0;  // (samples * batch, hidden), by sequence
   void *packed_weight;      // scratch, (4 hidden, hidden rounded up to a multiple of 32)
 };
 

@@ -5,118 +5,85 @@
 // cache: they then never wait for each other. Otherwise they share out the hidden units, with a barrier after each
 // step. FLOPs per token: 8 hidden^2 forward, 8 hidden^2 backward (the weight's gradient is one product outside). The
 // weight, 16 hidden^2 bytes, is read once a step by each thread that owns sequences, once by all that own units.
-#include "gemm.h"
 #include "philox.h"
+#include "recurrence.h"
 
 namespace fastvae::FASTVAE_ISA {
 namespace {
 
-FASTVAE_INLINE void barrier() {
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-}
-
-FASTVAE_INLINE int thread_count() {
-#ifdef _OPENMP
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
-}
-
-struct Range {
-  int64_t first, last;
-};
-FASTVAE_INLINE Range my_share(int64_t count) {
-  const int64_t threads = thread_count(), me = thread_index();
-  return {count * me / threads, count * (me + 1) / threads};
-}
-
-constexpr int64_t kGrainFlops = 200'000;  // of one step; below, a second thread costs more than it brings
-constexpr int64_t kCachedWeightBytes = 2 << 20;
-constexpr int64_t kSequencesPerThread = 8;  // fewer leave the product's tiles half empty
-
-// A thread's part of every step: blocks of hidden units, and each `stride`-th rank from `rank` on. Ranks are sorted by
-// length, so that dealing them out in turn gives threads equal work.
-struct Part {
-  Range blocks;
-  int64_t rank, stride;
-  bool by_sequence;
-  int64_t ranks(int64_t active) const { return active > rank ? (active - rank + stride - 1) / stride : 0; }
-};
-FASTVAE_INLINE Part my_part(const LSTMPlan &plan, int64_t blocks, int64_t weight_bytes) {
-  const int64_t threads = thread_count();
-  if (weight_bytes <= kCachedWeightBytes && plan.batch >= kSequencesPerThread * threads) {
-    return {{0, blocks}, thread_index(), threads, true};
-  }
-  return {my_share(blocks), 0, 1, false};
-}
-
 template <typename T>
 void forward(const LSTMForward &f) {
-  const LSTMPlan &plan = f.plan;
+  const PackedPlan &plan = f.plan;
+  const Packed packed(plan);
   const int64_t H = plan.hidden, G = 4 * H;
   constexpr int64_t W = kWidth<T>;
   const int64_t blocks = (H + W - 1) / W;  // of W hidden units: their four gates are a tile's four vectors
   const T *static_gates = static_cast<const T *>(f.static_gates), *weight = static_cast<const T *>(f.weight_hh);
   const T *h0 = static_cast<const T *>(f.h0), *c0 = static_cast<const T *>(f.c0);
+  const T *inputs = static_cast<const T *>(f.inputs);
   T *gates = static_cast<T *>(f.gates), *cells = static_cast<T *>(f.cells), *states = static_cast<T *>(f.states);
   T *packed_weight = static_cast<T *>(f.packed_weight), *first_h = static_cast<T *>(f.sorted_h0);
   T *hidden = static_cast<T *>(f.hidden), *h_n = static_cast<T *>(f.h_n), *c_n = static_cast<T *>(f.c_n);
-  const int threads = int(min<int64_t>(threads_for(plan.batch * 8 * H * H, kGrainFlops), max<int64_t>(blocks, 1)));
+  const int threads = int(
+      min<int64_t>(threads_for(packed.sequences * 8 * H * H, kGrainFlops), max<int64_t>(blocks, 1)));
 
 #pragma omp parallel num_threads(threads)
   {
     const Range mine = my_share(blocks);
     for (int64_t block = mine.first; block < mine.last; ++block) {
       T *to = packed_weight + block * H * 4 * W;
-      for (int64_t gate = 0; gate < 4; ++gate) {
-        for (int64_t j = 0; j < W; ++j) {
-          const int64_t unit = block * W + j;
-          const T *from = weight + (gate * H + unit) * H;
-          for (int64_t k = 0; k < H; ++k) to[(k * 4 + gate) * W + j] = unit < H ? from[k] : T(0);
+      const int64_t valid = min<int64_t>(W, H - block * W);
+      for (int64_t k = 0; k < H; ++k) {
+        for (int64_t gate = 0; gate < 4; ++gate, to += W) {
+          const T *from = weight + (gate * H + block * W) * H + k;
+          for (int64_t j = 0; j < W; ++j) to[j] = j < valid ? from[j * H] : T(0);
         }
       }
     }
-    const Range sequences = my_share(plan.batch);
-    for (int64_t rank = sequences.first; rank < sequences.last; ++rank) {
-      std::memcpy(first_h + rank * H, h0 + plan.order[rank] * H, size_t(H) * sizeof(T));
+    const Range ranks = my_share(packed.sequences);
+    for (int64_t rank = ranks.first; rank < ranks.last; ++rank) {
+      const int64_t sequence = packed.sequence(rank);
+      std::memcpy(first_h + rank * H, h0 + sequence * H, size_t(H) * sizeof(T));
+      if (!f.keep) std::memcpy(cells + rank * H, c0 + sequence * H, size_t(H) * sizeof(T));
     }
     barrier();
 
-    const Part part = my_part(plan, blocks, G * H * int64_t(sizeof(T)));
+    const Part part = my_part(packed.sequences, blocks, G * H * int64_t(sizeof(T)));
     for (int64_t t = 0; t < plan.time && plan.active[t] > 0; ++t) {
-      const T *previous_h = (t == 0 ? first_h : states + plan.start[t - 1] * H) + part.rank * H;
-      const int64_t start = plan.start[t];
+      const int64_t start = packed.start(t), before = t == 0 ? 0 : packed.start(t - 1);
+      const T *previous_h = (t == 0 ? first_h : states + before * H) + part.rank * H;
       for (int64_t block = part.blocks.first; block < part.blocks.last; ++block) {
         const int64_t unit = block * W, valid = min<int64_t>(W, H - unit);
         multiply_packed<T, 4>(
-            part.ranks(plan.active[t]), H, previous_h, part.stride * H, packed_weight + block * H * 4 * W,
+            part.ranks(packed.active(t)), H, previous_h, part.stride * H, packed_weight + block * H * 4 * W,
             [&](int64_t first, int count, const T *__restrict product) {
               for (int r = 0; r < count; ++r, product += 4 * W) {
                 const int64_t rank = part.rank + (first + r) * part.stride;
-                const int64_t row = start + rank, sequence = plan.order[rank];
+                const int64_t row = start + rank, sequence = packed.sequence(rank);
+                const T *input = inputs + packed.token(row) * G + unit;
                 const T *__restrict extra = static_gates + sequence * G + unit;
-                const T *__restrict previous_c = (t == 0 ? c0 + sequence * H : cells + (plan.start[t - 1] + rank) * H) +
-                                                 unit;
-                T *__restrict gate = gates + row * G + unit;
-                T *__restrict cell = cells + row * H + unit;
+                // Kept for backward, or one running cell for each sequence.
+                const T *previous_c = f.keep ? (t == 0 ? c0 + sequence * H : cells + (before + rank) * H) + unit
+                                             : cells + rank * H + unit;
+                T *cell = cells + (f.keep ? row : rank) * H + unit;
                 T *__restrict state = states + row * H + unit;
-                const auto activate = [&](const int64_t n) __attribute__((always_inline)) {
+                const auto activate = [&](const int64_t n, T *gate) __attribute__((always_inline)) {
 #pragma omp simd
                   for (int64_t j = 0; j < n; ++j) {
-                    const T i = sigmoid(product[j] + gate[j] + extra[j]);
-                    const T forget = sigmoid(product[W + j] + gate[H + j] + extra[H + j]);
-                    const T g = tanh(product[2 * W + j] + gate[2 * H + j] + extra[2 * H + j]);
-                    const T o = sigmoid(product[3 * W + j] + gate[3 * H + j] + extra[3 * H + j]);
+                    const T i = sigmoid(product[j] + input[j] + extra[j]);
+                    const T forget = sigmoid(product[W + j] + input[H + j] + extra[H + j]);
+                    const T g = tanh(product[2 * W + j] + input[2 * H + j] + extra[2 * H + j]);
+                    const T o = sigmoid(product[3 * W + j] + input[3 * H + j] + extra[3 * H + j]);
                     const T c = forget * previous_c[j] + i * g;
-                    gate[j] = i, gate[H + j] = forget, gate[2 * H + j] = g, gate[3 * H + j] = o;
+                    if (gate) gate[j] = i, gate[H + j] = forget, gate[2 * H + j] = g, gate[3 * H + j] = o;
                     cell[j] = c;
                     state[j] = o * tanh(c);
                   }
                 };
-                valid == W ? activate(W) : activate(valid);
+                const auto activate_block = [&](T *gate) __attribute__((always_inline)) {
+                  valid == W ? activate(W, gate) : activate(valid, gate);
+                };
+                f.keep ? activate_block(gates + row * G + unit) : activate_block(nullptr);
               }
             });
       }
@@ -124,24 +91,26 @@ void forward(const LSTMForward &f) {
     }
     if (part.by_sequence) barrier();
 
-    for (int64_t rank = sequences.first; rank < sequences.last; ++rank) {
-      const int64_t b = plan.order[rank], length = plan.lengths[b];
-      T *to = hidden + b * plan.time * H;
+    for (int64_t rank = ranks.first; rank < ranks.last; ++rank) {
+      const int64_t sequence = packed.sequence(rank), length = packed.length(rank);
+      T *to = hidden + sequence * plan.time * H;
       for (int64_t t = 0; t < length; ++t, to += H) {
-        std::memcpy(to, states + (plan.start[t] + rank) * H, size_t(H) * sizeof(T));
+        std::memcpy(to, states + (packed.start(t) + rank) * H, size_t(H) * sizeof(T));
       }
       std::memset(to, 0, size_t((plan.time - length) * H) * sizeof(T));
-      const int64_t last = length == 0 ? 0 : plan.start[length - 1] + rank;
-      std::memcpy(h_n + b * H, length == 0 ? h0 + b * H : states + last * H, size_t(H) * sizeof(T));
-      std::memcpy(c_n + b * H, length == 0 ? c0 + b * H : cells + last * H, size_t(H) * sizeof(T));
+      const int64_t last = length == 0 ? 0 : packed.start(length - 1) + rank;
+      const T *last_c = !f.keep ? cells + rank * H : length == 0 ? c0 + sequence * H : cells + last * H;
+      std::memcpy(h_n + sequence * H, length == 0 ? h0 + sequence * H : states + last * H, size_t(H) * sizeof(T));
+      std::memcpy(c_n + sequence * H, last_c, size_t(H) * sizeof(T));
     }
   }
 }
 
 template <typename T>
 void backward(const LSTMBackward &f) {
-  const LSTMPlan &plan = f.plan;
-  const int64_t H = plan.hidden, G = 4 * H, B = plan.batch;
+  const PackedPlan &plan = f.plan;
+  const Packed packed(plan);
+  const int64_t H = plan.hidden, G = 4 * H, N = packed.sequences;
   constexpr int64_t kVectors = 2, W = kVectors * kWidth<T>;
   const int64_t blocks = (H + W - 1) / W;
   const T *gates = static_cast<const T *>(f.gates), *cells = static_cast<const T *>(f.cells);
@@ -151,7 +120,7 @@ void backward(const LSTMBackward &f) {
   T *grad_gates = static_cast<T *>(f.grad_gates), *grad_static = static_cast<T *>(f.grad_static_gates);
   T *grad_h0 = static_cast<T *>(f.grad_h0), *grad_c = static_cast<T *>(f.grad_c0);  // grad_c: running, by sequence
   T *packed_weight = static_cast<T *>(f.packed_weight);
-  const int threads = int(min<int64_t>(threads_for(B * 8 * H * H, kGrainFlops), max<int64_t>(blocks, 1)));
+  const int threads = int(min<int64_t>(threads_for(N * 8 * H * H, kGrainFlops), max<int64_t>(blocks, 1)));
 
 #pragma omp parallel num_threads(threads)
   {
@@ -162,7 +131,7 @@ void backward(const LSTMBackward &f) {
       for (int64_t k = 0; k < G; ++k, to += W) {
         for (int64_t j = 0; j < W; ++j) to[j] = j < valid ? weight[k * H + unit + j] : T(0);
       }
-      for (int64_t b = 0; b < B; ++b) {
+      for (int64_t b = 0; b < N; ++b) {
         std::memcpy(grad_c + b * H + unit, grad_c_n + b * H + unit, size_t(valid) * sizeof(T));
         for (int64_t gate = 0; gate < 4; ++gate) {
           std::memset(grad_static + b * G + gate * H + unit, 0, size_t(valid) * sizeof(T));
@@ -170,24 +139,25 @@ void backward(const LSTMBackward &f) {
       }
     }
     barrier();
-    const Part part = my_part(plan, blocks, G * H * int64_t(sizeof(T)));
+    const Part part = my_part(N, blocks, G * H * int64_t(sizeof(T)));
     // Step -1 makes the gradient of h0. A sequence enters, with its gradient of h_n, at its last step: its rank is
     // then not yet active in the step after.
     for (int64_t t = plan.time - 1; t >= -1; --t) {
-      const int64_t active = t < 0 ? B : plan.active[t];
-      const int64_t flowing = t + 1 < plan.time ? plan.active[t + 1] : 0;  // these have a step after
-      const T *next_gates = flowing > 0 ? grad_gates + (plan.start[t + 1] + part.rank) * G : grad_gates;
+      const int64_t active = t < 0 ? N : packed.active(t), start = t < 0 ? 0 : packed.start(t);
+      const int64_t before = t <= 0 ? 0 : packed.start(t - 1);
+      const int64_t flowing = t + 1 < plan.time ? packed.active(t + 1) : 0;  // these have a step after
+      const T *next_gates = flowing > 0 ? grad_gates + (packed.start(t + 1) + part.rank) * G : grad_gates;
       for (int64_t block = part.blocks.first; block < part.blocks.last; ++block) {
         const int64_t unit = block * W, valid = min<int64_t>(W, H - unit);
         const auto step = [&](int64_t rank, const T *__restrict product) {
-          const int64_t sequence = plan.order[rank];
+          const int64_t sequence = packed.sequence(rank);
           const T *__restrict from_next = rank < flowing ? product : grad_h_n + sequence * H + unit;
           if (t < 0) {
             std::memcpy(grad_h0 + sequence * H + unit, from_next, size_t(valid) * sizeof(T));
             return;
           }
-          const int64_t row = plan.start[t] + rank;
-          const T *__restrict previous_c = (t == 0 ? c0 + sequence * H : cells + (plan.start[t - 1] + rank) * H) + unit;
+          const int64_t row = start + rank;
+          const T *__restrict previous_c = (t == 0 ? c0 + sequence * H : cells + (before + rank) * H) + unit;
           const T *__restrict gate = gates + row * G + unit, *__restrict cell = cells + row * H + unit;
           const T *__restrict from_output = grad_states + row * H + unit;
           T *__restrict dc = grad_c + sequence * H + unit;

@@ -33,9 +33,9 @@ Gaussian gaussian(int dtype, Address mean, Address log_var, Address prior_mean, 
           sum_latent};
 }
 
-LSTMPlan plan(int64_t batch, int64_t time, int64_t hidden, Address lengths, Address order, Address active,
-              Address start) {
-  return {batch, time, hidden, integers(lengths), integers(order), integers(active), integers(start)};
+PackedPlan plan(int64_t batch, int64_t samples, int64_t time, int64_t hidden, Address lengths, Address order,
+                Address active, Address start) {
+  return {batch, samples, time, hidden, integers(lengths), integers(order), integers(active), integers(start)};
 }
 
 // Asks for 2 MiB pages where [address, address + bytes) covers them whole. A hint: failure changes nothing.
@@ -109,23 +109,25 @@ PYBIND11_MODULE(_C, m) {
   m.attr("BAD_LENGTH") = kBadLength;
   m.def(
       "lstm_forward",
-      [](bool is_double, int64_t batch, int64_t time, int64_t hidden, Address lengths, Address order, Address active,
-         Address start, Address gates, Address static_gates, Address h0, Address c0, Address weight_hh, Address cells,
-         Address hidden_states, Address h_n, Address c_n, Address states, Address sorted_h0, Address packed_weight) {
-        kernels().lstm_forward({is_double, plan(batch, time, hidden, lengths, order, active, start), at(gates),
-                                at(static_gates), at(h0), at(c0), at(weight_hh), at(cells), at(hidden_states), at(h_n),
-                                at(c_n), at(states), at(sorted_h0), at(packed_weight)});
+      [](bool is_double, bool keep, int64_t batch, int64_t samples, int64_t time, int64_t hidden, Address lengths,
+         Address order, Address active, Address start, Address inputs, Address static_gates, Address h0, Address c0,
+         Address weight_hh, Address gates, Address cells, Address hidden_states, Address h_n, Address c_n,
+         Address states, Address sorted_h0, Address packed_weight) {
+        kernels().lstm_forward({is_double, keep, plan(batch, samples, time, hidden, lengths, order, active, start),
+                                at(inputs), at(static_gates), at(h0), at(c0), at(weight_hh), at(gates), at(cells),
+                                at(hidden_states), at(h_n), at(c_n), at(states), at(sorted_h0), at(packed_weight)});
       },
       release);
   m.def(
       "lstm_backward",
-      [](bool is_double, int64_t batch, int64_t time, int64_t hidden, Address lengths, Address order, Address active,
-         Address start, Address grad_states, Address grad_h_n, Address grad_c_n, Address gates, Address cells,
-         Address c0, Address weight_hh, Address grad_gates, Address grad_static_gates, Address grad_h0, Address grad_c0,
-         Address packed_weight) {
-        kernels().lstm_backward({is_double, plan(batch, time, hidden, lengths, order, active, start), at(grad_states),
-                                 at(grad_h_n), at(grad_c_n), at(gates), at(cells), at(c0), at(weight_hh),
-                                 at(grad_gates), at(grad_static_gates), at(grad_h0), at(grad_c0), at(packed_weight)});
+      [](bool is_double, int64_t batch, int64_t samples, int64_t time, int64_t hidden, Address lengths, Address order,
+         Address active, Address start, Address grad_states, Address grad_h_n, Address grad_c_n, Address gates,
+         Address cells, Address c0, Address weight_hh, Address grad_gates, Address grad_static_gates, Address grad_h0,
+         Address grad_c0, Address packed_weight) {
+        kernels().lstm_backward({is_double, plan(batch, samples, time, hidden, lengths, order, active, start),
+                                 at(grad_states), at(grad_h_n), at(grad_c_n), at(gates), at(cells), at(c0),
+                                 at(weight_hh), at(grad_gates), at(grad_static_gates), at(grad_h0), at(grad_c0),
+                                 at(packed_weight)});
       },
       release);
 

@@ -3,7 +3,7 @@
 from fastvae.ops.cross_entropy import linear_cross_entropy
 from fastvae.ops.dictionary import dictionary_update
 from fastvae.ops.gaussian import gaussian_kl, gaussian_sample_kl
-from fastvae.ops.lstm import lstm_decode
+from fastvae.ops.lstm import lstm, lstm_decode
 from fastvae.ops.sparse import (
     duality_gap,
     fista,
@@ -28,6 +28,7 @@ __all__ = [
     "kkt_violation",
     "lambda_max",
     "linear_cross_entropy",
+    "lstm",
     "lstm_decode",
     "soft_threshold",
     "sparse_encode",

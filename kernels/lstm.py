@@ -16,8 +16,8 @@ one launch each: the product with the next step's gate gradients, then this step
 products over all steps afterwards. Nothing random is stored, and no atomics are used in float: the
 embedding's gradient is PyTorch's own sorted reduction.
 
-Limits: float32, bfloat16 and float16, static_gates in float32; contiguous operands; any B, T, E, H. Saved for
-backward: gates (B, T, 4 * H) and cells (B, T, H) in float32, unwritten in the padding. In 16-bit the hidden
+Limits: float32, bfloat16 and float16, static_gates in float32; contiguous operands; any B, T, E, H. Kept for
+backward: gates (N, T, 4 * H) and cells (N, T, H) in float32, unwritten in the padding. In 16-bit the hidden
 state is rounded at every step and the cell state is not. A token out of range makes its sequence NaN from
 there on, and so the gradients. float32 products follow ``torch.set_float32_matmul_precision`` (see
 ``precision.py``).
@@ -49,41 +49,47 @@ def forward(
     seed: Tensor,
     word_dropout: float,
     unk_index: int,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the LSTM over all steps.
 
     Args:
         tokens: int64 (B, T).
         lengths: int64 (B,), valid steps of each sequence, in [0, T].
-        static_gates: float32 (B, 4 * H), added to the gates at every step.
-        h0, c0: (B, H), float32, bfloat16 or float16, as all that follow.
+        static_gates: float32 (N, 4 * H), added to the gates at every step; N is a multiple of B, and sequence n
+            reads the tokens of n modulo B.
+        h0, c0: (N, H), float32, bfloat16 or float16, as all that follow.
         embedding: (V, E).
         weight_input: (4 * H, E).
         weight_hh: (4 * H, H).
         seed: int64 (1,).
         word_dropout: probability that a word is replaced; not at step 0.
         unk_index: the replacement.
+        keep: whether :func:`backward` will follow.
 
     Returns:
-        hidden (B, T, H), zero at steps >= length; h_n and c_n (B, H), the state after the last valid step;
-        activated gates (B, T, 4 * H) and cells (B, T, H), float32, for :func:`backward`.
+        hidden (N, T, H), zero at steps >= length; h_n and c_n (N, H), the state after the last valid step;
+        activated gates (N * T, 4 * H) and cells (N * T, H), float32, for :func:`backward`: (0, 0) if not kept.
     """
     _check_dtype(embedding)
-    (batch, time), hidden_size = tokens.shape, h0.shape[1]
+    (batch, time), (sequences, hidden_size) = tokens.shape, h0.shape
     options = {"dtype": torch.float32, "device": h0.device}
-    hidden = torch.empty((batch, time, hidden_size), dtype=h0.dtype, device=h0.device)
-    gates = torch.empty((batch, time, 4 * hidden_size), **options)
-    cells = torch.empty((batch, time, hidden_size), **options)
+    hidden = torch.empty((sequences, time, hidden_size), dtype=h0.dtype, device=h0.device)
+    kept = sequences * time if keep else 0
+    gates = torch.empty((kept, 4 * hidden_size if keep else 0), **options)
+    cells = torch.empty((kept, hidden_size if keep else 0), **options)
     h_n, c_n = h0.clone(), c0.clone()
     if hidden.numel() == 0:
         return hidden, h_n, c_n, gates, cells
+    # Without a backward to come, one running cell for each sequence.
+    step_cells = cells if keep else torch.empty((sequences, hidden_size), **options)
     inputs, _ = _embed(tokens, lengths, embedding, seed, word_dropout, unk_index)
     projected = inputs @ weight_input.t()
     for step in range(time):
-        _lstm_step_kernel[_step_grid(batch, hidden_size)](
-            projected, static_gates, h0, c0, weight_hh, lengths, hidden, h_n, c_n, gates, cells,
-            batch, time, step, hidden_size,
-            **_step_options(),
+        _lstm_step_kernel[_step_grid(sequences, hidden_size)](
+            projected, static_gates, h0, c0, weight_hh, lengths, hidden, h_n, c_n, gates, step_cells,
+            sequences, batch, time, step, hidden_size,
+            KEEP=keep, **_step_options(),
         )  # fmt: skip
     return hidden, h_n, c_n, gates, cells
 
@@ -109,40 +115,44 @@ def backward(
     """Gradients of :func:`forward`; arguments as there.
 
     Args:
-        grad_hidden: (B, T, H), like `hidden`.
-        grad_h_n, grad_c_n: (B, H), like `h0`.
+        grad_hidden: (N, T, H), like `hidden`.
+        grad_h_n, grad_c_n: (N, H), like `h0`.
         hidden, gates, cells: what :func:`forward` returned.
 
     Returns:
         Gradients of static_gates (float32), h0, c0, embedding, weight_input and weight_hh.
     """
     _check_dtype(embedding)
-    (batch, time), hidden_size = tokens.shape, h0.shape[1]
-    grad_cell = torch.zeros((batch, hidden_size), dtype=torch.float32, device=h0.device)
+    (batch, time), (sequences, hidden_size) = tokens.shape, h0.shape
+    grad_cell = torch.zeros((sequences, hidden_size), dtype=torch.float32, device=h0.device)
     if hidden.numel() == 0:
-        grad_static_gates = grad_cell.new_zeros((batch, 4 * hidden_size))
+        grad_static_gates = grad_cell.new_zeros((sequences, 4 * hidden_size))
         weights = (torch.zeros_like(w) for w in (embedding, weight_input, weight_hh))
         return grad_static_gates, grad_h_n.clone(), grad_c_n.clone(), *weights
-    grad_gates = torch.empty((batch, time, 4 * hidden_size), dtype=h0.dtype, device=h0.device)
+    grad_gates = torch.empty((sequences, time, 4 * hidden_size), dtype=h0.dtype, device=h0.device)
     for step in reversed(range(time)):
-        _lstm_step_backward_kernel[_step_grid(batch, hidden_size)](
+        _lstm_step_backward_kernel[_step_grid(sequences, hidden_size)](
             grad_hidden, grad_h_n, grad_c_n, gates, cells, c0, weight_hh, lengths, grad_gates, grad_cell,
-            batch, time, step, hidden_size,
+            sequences, batch, time, step, hidden_size,
             **_step_options(),
         )  # fmt: skip
-    empty = (lengths == 0)[:, None]
+    samples = sequences // batch
+    empty = (lengths == 0).repeat(samples)[:, None]
     grad_h0 = torch.where(empty, grad_h_n, grad_gates[:, 0] @ weight_hh)
     grad_c0 = torch.where(empty, grad_c_n, grad_cell.to(c0.dtype))
 
-    inputs, words = _embed(tokens, lengths, embedding, seed, word_dropout, unk_index)
-    previous = torch.cat([h0.unsqueeze(1), hidden[:, :-1]], 1).view(batch * time, hidden_size)
+    previous = torch.cat([h0.unsqueeze(1), hidden[:, :-1]], 1).view(sequences * time, hidden_size)
     grad_static_gates = grad_gates.sum(1, dtype=torch.float32)
-    grad_gates = grad_gates.view(batch * time, 4 * hidden_size)
+    grad_gates = grad_gates.view(sequences * time, 4 * hidden_size)
+    grad_weight_hh = grad_gates.t() @ previous
+    if samples > 1:  # they read the same tokens
+        shared = grad_gates.view(samples, batch * time, 4 * hidden_size).sum(0, dtype=torch.float32)
+        grad_gates = shared.to(h0.dtype)
+    inputs, words = _embed(tokens, lengths, embedding, seed, word_dropout, unk_index)
     grad_embedding = torch.ops.aten.embedding_dense_backward(
         grad_gates @ weight_input, words, embedding.shape[0], -1, False
     )
-    grad_weight_input, grad_weight_hh = grad_gates.t() @ inputs, grad_gates.t() @ previous
-    return grad_static_gates, grad_h0, grad_c0, grad_embedding, grad_weight_input, grad_weight_hh
+    return grad_static_gates, grad_h0, grad_c0, grad_embedding, grad_gates.t() @ inputs, grad_weight_hh
 
 
 def _embed(
@@ -173,8 +183,8 @@ def _check_dtype(embedding: Tensor) -> None:
         raise TypeError("embedding: expected float32, bfloat16 or float16, got torch.float64")
 
 
-def _step_grid(batch: int, hidden_size: int) -> tuple[int, int]:
-    return triton.cdiv(batch, _BLOCK_B), triton.cdiv(hidden_size, _BLOCK_H)
+def _step_grid(sequences: int, hidden_size: int) -> tuple[int, int]:
+    return triton.cdiv(sequences, _BLOCK_B), triton.cdiv(hidden_size, _BLOCK_H)
 
 
 def _step_options() -> dict[str, int | str]:
@@ -235,23 +245,25 @@ def _lstm_embed_kernel(
         tl.store(words_ptr + row, tl.where(valid, word, 0), mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch", "time", "step"])
+@triton.jit(do_not_specialize=["sequences", "batch", "time", "step"])
 def _lstm_step_kernel(
     projected_ptr,  # (B * T, 4 * H)
-    static_gates_ptr,  # (B, 4 * H) float32
-    h0_ptr,  # (B, H)
-    c0_ptr,  # (B, H)
+    static_gates_ptr,  # (N, 4 * H) float32
+    h0_ptr,  # (N, H)
+    c0_ptr,  # (N, H)
     weight_ptr,  # (4 * H, H)
     lengths_ptr,  # (B,) int64
-    hidden_ptr,  # (B, T, H): reads step - 1, writes step
-    h_n_ptr,  # (B, H)
-    c_n_ptr,  # (B, H)
-    gates_ptr,  # (B, T, 4 * H) float32
-    cells_ptr,  # (B, T, H) float32: reads step - 1, writes step
+    hidden_ptr,  # (N, T, H): reads step - 1, writes step
+    h_n_ptr,  # (N, H)
+    c_n_ptr,  # (N, H)
+    gates_ptr,  # (N * T, 4 * H) float32, if KEEP
+    cells_ptr,  # float32; KEEP: (N * T, H), reads step - 1, writes step; else (N, H), in place
+    sequences,
     batch,
     time,
     step,
     hidden_size,
+    KEEP: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -260,19 +272,21 @@ def _lstm_step_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     unit = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
-    length = tl.load(lengths_ptr + row, mask=row < batch, other=0)
+    length = tl.load(lengths_ptr + row % batch, mask=row < sequences, other=0)
     active = step < length
     mask = active[:, None] & (unit < hidden_size)[None, :]
     state = row[:, None] * hidden_size + unit[None, :]
     place = row * time + step
+    output = place[:, None] * hidden_size + unit[None, :]
+    cell_offset = output if KEEP else state
 
     if step == 0:
         previous_ptr = h0_ptr + row * hidden_size
         previous_cell = tl.load(c0_ptr + state, mask=mask, other=0.0).to(tl.float32)
     else:
         previous_ptr = hidden_ptr + (place - 1) * hidden_size
-        cell_offset = (place - 1)[:, None] * hidden_size + unit[None, :]
-        previous_cell = tl.load(cells_ptr + cell_offset, mask=mask, other=0.0)
+        previous_offset = cell_offset - hidden_size if KEEP else cell_offset
+        previous_cell = tl.load(cells_ptr + previous_offset, mask=mask, other=0.0)
 
     gate_i = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
     gate_f = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
@@ -304,8 +318,7 @@ def _lstm_step_kernel(
         gate_o = tl.dot(h, weight_o, gate_o, input_precision=PRECISION)
 
     static = static_gates_ptr + row[:, None] * 4 * hidden_size + unit[None, :]
-    gate = place[:, None] * 4 * hidden_size + unit[None, :]
-    projected = projected_ptr + gate
+    projected = projected_ptr + (row % batch * time + step)[:, None] * 4 * hidden_size + unit[None, :]
     gate_i += tl.load(static, mask=mask, other=0.0)
     gate_f += tl.load(static + hidden_size, mask=mask, other=0.0)
     gate_g += tl.load(static + 2 * hidden_size, mask=mask, other=0.0)
@@ -321,32 +334,33 @@ def _lstm_step_kernel(
     cell = gate_f * previous_cell + gate_i * gate_g
     h = gate_o * _tanh(cell)
 
-    gates = gates_ptr + gate
-    tl.store(gates, gate_i, mask=mask)
-    tl.store(gates + hidden_size, gate_f, mask=mask)
-    tl.store(gates + 2 * hidden_size, gate_g, mask=mask)
-    tl.store(gates + 3 * hidden_size, gate_o, mask=mask)
-    output = place[:, None] * hidden_size + unit[None, :]
-    tl.store(cells_ptr + output, cell, mask=mask)
+    if KEEP:
+        gates = gates_ptr + place[:, None] * 4 * hidden_size + unit[None, :]
+        tl.store(gates, gate_i, mask=mask)
+        tl.store(gates + hidden_size, gate_f, mask=mask)
+        tl.store(gates + 2 * hidden_size, gate_g, mask=mask)
+        tl.store(gates + 3 * hidden_size, gate_o, mask=mask)
+    tl.store(cells_ptr + cell_offset, cell, mask=mask)
     h = tl.where(mask, h, 0.0).to(hidden_ptr.dtype.element_ty)
-    tl.store(hidden_ptr + output, h, mask=(row < batch)[:, None] & (unit < hidden_size)[None, :])
+    tl.store(hidden_ptr + output, h, mask=(row < sequences)[:, None] & (unit < hidden_size)[None, :])
     last = mask & (step == length - 1)[:, None]
     tl.store(h_n_ptr + state, h, mask=last)
     tl.store(c_n_ptr + state, cell.to(c_n_ptr.dtype.element_ty), mask=last)
 
 
-@triton.jit(do_not_specialize=["batch", "time", "step"])
+@triton.jit(do_not_specialize=["sequences", "batch", "time", "step"])
 def _lstm_step_backward_kernel(
-    grad_hidden_ptr,  # (B, T, H)
-    grad_h_n_ptr,  # (B, H)
-    grad_c_n_ptr,  # (B, H)
-    gates_ptr,  # (B, T, 4 * H) float32
-    cells_ptr,  # (B, T, H) float32
-    c0_ptr,  # (B, H)
+    grad_hidden_ptr,  # (N, T, H)
+    grad_h_n_ptr,  # (N, H)
+    grad_c_n_ptr,  # (N, H)
+    gates_ptr,  # (N, T, 4 * H) float32
+    cells_ptr,  # (N, T, H) float32
+    c0_ptr,  # (N, H)
     weight_ptr,  # (4 * H, H)
     lengths_ptr,  # (B,) int64
-    grad_gates_ptr,  # (B, T, 4 * H): reads step + 1, writes step
-    grad_cell_ptr,  # (B, H) float32, in place: gradient of the cell after the step, then of the one before it
+    grad_gates_ptr,  # (N, T, 4 * H): reads step + 1, writes step
+    grad_cell_ptr,  # (N, H) float32, in place: gradient of the cell after the step, then of the one before it
+    sequences,
     batch,
     time,
     step,
@@ -359,7 +373,7 @@ def _lstm_step_backward_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     unit = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
-    length = tl.load(lengths_ptr + row, mask=row < batch, other=0)
+    length = tl.load(lengths_ptr + row % batch, mask=row < sequences, other=0)
     active = step < length
     mask = active[:, None] & (unit < hidden_size)[None, :]
     state = row[:, None] * hidden_size + unit[None, :]
@@ -414,7 +428,7 @@ def _lstm_step_backward_kernel(
     grad_o = grad_h * tanh_cell * gate_o * (1.0 - gate_o)
 
     element = grad_gates_ptr.dtype.element_ty
-    store_mask = (row < batch)[:, None] & (unit < hidden_size)[None, :]
+    store_mask = (row < sequences)[:, None] & (unit < hidden_size)[None, :]
     grad_gates = grad_gates_ptr + gate
     tl.store(grad_gates, grad_i.to(element), mask=store_mask)
     tl.store(grad_gates + hidden_size, grad_f.to(element), mask=store_mask)

@@ -5,7 +5,8 @@
 The latent's term and the bias are one product per sequence, made by torch outside the op (`static_gates`), not a
 concatenation at every step. Word dropout replaces an input token by `unk_index` where the uniform number of element
 b * T + t of the seed's stream is below `word_dropout`; never at t = 0, which holds <s>, nor in the padding. Sequences
-are processed packed: cost follows the tokens, not the padding, and nobody has to sort.
+are processed packed: cost follows the tokens, not the padding, and nobody has to sort. Samples of a sequence differ
+in latent and states only, so that gather and input product are made once for all of them.
 Source: Hochreiter & Schmidhuber 1997 (as torch.nn.LSTM, gates i, f, g, o); word dropout: Bowman et al. 2016.
 """
 
@@ -55,21 +56,28 @@ def reference(
     word_dropout: float,
     unk_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Eager definition: hidden (B, T, H), zero in the padding, and the last states h_n, c_n (B, H)."""
-    compute = static_gates.dtype
+    """Eager definition: hidden (N, T, H), zero in the padding, and the last states h_n, c_n (N, H).
+
+    N is B times the number of samples; sample s of sequence b is number s * B + b.
+    """
+    compute, samples = static_gates.dtype, sample_count(tokens, h0)
     words = dropped_tokens(tokens, lengths, seed, word_dropout, unk_index)
     inputs = F.linear(F.embedding(words, embedding).to(compute), weight_input.to(compute))
-    h, c, hidden = h0.to(compute), c0.to(compute), []
+    h, c, hidden, ends = h0.to(compute), c0.to(compute), [], lengths.repeat(samples)[:, None]
     for t in range(tokens.shape[1]):
-        gates = inputs[:, t] + static_gates + h @ weight_hh.to(compute).T
+        gates = inputs[:, t].repeat(samples, 1) + static_gates + h @ weight_hh.to(compute).T
         i, f, g, o = gates.chunk(4, -1)
         c_next = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         h_next = torch.sigmoid(o) * torch.tanh(c_next)
-        valid = (t < lengths)[:, None]
-        hidden.append(torch.where(valid, h_next, 0))
-        h, c = torch.where(valid, h_next, h), torch.where(valid, c_next, c)
+        hidden.append(torch.where(t < ends, h_next, 0))
+        h, c = torch.where(t < ends, h_next, h), torch.where(t < ends, c_next, c)
     stacked = torch.stack(hidden, 1) if hidden else h.new_zeros(h.shape[0], 0, h.shape[1])
     return stacked.to(h0.dtype), h.to(h0.dtype), c.to(h0.dtype)
+
+
+def sample_count(tokens: Tensor, h0: Tensor) -> int:
+    """Return the number of samples of each sequence: N / B."""
+    return h0.shape[0] // tokens.shape[0] if tokens.shape[0] else 1
 
 
 def reference_backward(
@@ -105,32 +113,44 @@ def reference_backward(
 
 
 def _reference_op(tokens: Tensor, lengths: Tensor, static_gates: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    # The reference's backward starts afresh: nothing is saved for it.
-    outputs = reference(tokens, lengths, static_gates, *args)
+    # The reference's backward starts afresh: nothing is kept for it.
+    outputs = reference(tokens, lengths, static_gates, *args[:-1])
     return *outputs, static_gates.new_empty(0, 0), static_gates.new_empty(0, 0)
 
 
 # ----------------------------------------------------------------------------------------------- C++ on CPU
-class _Packing(NamedTuple):
-    """A batch packed step by step, longest sequences first (``LSTMPlan`` and ``WordPacking`` in csrc/kernels.h)."""
+class Packing(NamedTuple):
+    """A batch packed step by step, longest sequences first (``PackedPlan`` and ``WordPacking`` in csrc/kernels.h)."""
 
     plan: tuple[int, ...]  # addresses for the core
+    samples: int
     order: Tensor  # (B,) sequence of each rank
     words: Tensor  # (total,) after word dropout
     rows: Tensor  # (total,) b * T + t
     first: int  # packed rows of the first step
     keep: tuple[Tensor, ...]  # what `plan` points into
 
+    def of_samples(self, index: Tensor, stride: int) -> Tensor:
+        """Return the index of each sample, side by side; the next sample lies `stride` further."""
+        if self.samples == 1:
+            return index
+        return (index[:, None] + stride * torch.arange(self.samples)).flatten()
 
-def _pack(
+
+def pack(
     tokens: Tensor,
     lengths: Tensor,
-    hidden_size: int,
+    h0: Tensor,
     vocabulary: int,
     seed: Tensor,
     word_dropout: float,
     unk_index: int,
-) -> _Packing:
+) -> Packing:
+    """Plan the steps of a batch, and make its words after word dropout.
+
+    Raises:
+        IndexError, ValueError: if a token or a length is out of range.
+    """
     assert CORE is not None
     tokens, lengths = tokens.contiguous(), lengths.contiguous()
     batch, time = tokens.shape
@@ -146,9 +166,10 @@ def _pack(
     if total < 0:
         b = CORE.BAD_LENGTH - total
         raise ValueError(f"lengths: expected values in [0, {time}], got {int(lengths[b])} at [{b}]")
-    addresses = (batch, time, hidden_size, pointer(lengths), pointer(order), pointer(active), pointer(start))
+    samples = sample_count(tokens, h0)
+    addresses = (batch, samples, time, h0.shape[1], *(pointer(t) for t in (lengths, order, active, start)))
     first = int(active[0]) if time else 0
-    return _Packing(addresses, order, words[:total], rows[:total], first, (lengths, active, start))
+    return Packing(addresses, samples, order, words[:total], rows[:total], first, (lengths, active, start))
 
 
 def _cpu_forward(
@@ -163,26 +184,34 @@ def _cpu_forward(
     seed: Tensor,
     word_dropout: float,
     unk_index: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     assert CORE is not None
     compute = static_gates.dtype
-    (batch, time), size = tokens.shape, h0.shape[1]
-    packing = _pack(tokens, lengths, size, embedding.shape[0], seed, word_dropout, unk_index)
-    total = packing.words.numel()
-    gates = large(static_gates.new_empty(batch * time, 4 * size))
-    cells = large(static_gates.new_empty(batch * time, size))
-    gates[total:], cells[total:] = 0, 0
+    time, (sequences, size) = tokens.shape[1], h0.shape
+    packing = pack(tokens, lengths, h0, embedding.shape[0], seed, word_dropout, unk_index)
+    tokens_read = packing.words.numel()
+    total = packing.samples * tokens_read
+    gates, cells = static_gates.new_empty(0, 0), static_gates.new_empty(0, 0)
+    if keep:
+        gates = large(static_gates.new_empty(sequences * time, 4 * size))
+        cells = large(static_gates.new_empty(sequences * time, size))
+        gates[total:], cells[total:] = 0, 0
+    # The inputs' share of the gates becomes the gates in place, unless samples share it.
+    in_place = keep and packing.samples == 1
+    projected = gates[:total] if in_place else large(static_gates.new_empty(tokens_read, 4 * size))
     inputs = embedding.index_select(0, packing.words).to(compute)
-    torch.mm(inputs, weight_input.to(compute).T, out=gates[:total])
+    torch.mm(inputs, weight_input.to(compute).T, out=projected)
     static_gates, h0_, c0_, weight = (t.to(compute).contiguous() for t in (static_gates, h0, c0, weight_hh))
-    hidden = large(static_gates.new_empty(batch, time, size))
+    hidden = large(static_gates.new_empty(sequences, time, size))
     h_n, c_n = torch.empty_like(h0_), torch.empty_like(c0_)
-    states, sorted_h0 = static_gates.new_empty(total, size), torch.empty_like(h0_)
+    states, sorted_h0 = large(static_gates.new_empty(total, size)), torch.empty_like(h0_)
+    running = cells if keep else torch.empty_like(c0_)
     packed_weight = _packed_weight(weight)
     CORE.lstm_forward(
-        compute == torch.float64, *packing.plan, pointer(gates), pointer(static_gates), pointer(h0_), pointer(c0_),
-        pointer(weight), pointer(cells), pointer(hidden), pointer(h_n), pointer(c_n), pointer(states),
-        pointer(sorted_h0), pointer(packed_weight),
+        compute == torch.float64, keep, *packing.plan, pointer(projected), pointer(static_gates), pointer(h0_),
+        pointer(c0_), pointer(weight), pointer(gates if keep else None), pointer(running), pointer(hidden),
+        pointer(h_n), pointer(c_n), pointer(states), pointer(sorted_h0), pointer(packed_weight),
     )  # fmt: skip
     return hidden.to(h0.dtype), h_n.to(h0.dtype), c_n.to(h0.dtype), gates, cells
 
@@ -208,9 +237,11 @@ def _cpu_backward(
 ) -> tuple[Tensor, ...]:
     assert CORE is not None
     compute = static_gates.dtype
-    batch, size = h0.shape
-    packing = _pack(tokens, lengths, size, embedding.shape[0], seed, word_dropout, unk_index)
-    rows, first, total = packing.rows, packing.first, packing.words.numel()
+    (batch, time), (sequences, size) = tokens.shape, h0.shape
+    packing = pack(tokens, lengths, h0, embedding.shape[0], seed, word_dropout, unk_index)
+    samples, tokens_read = packing.samples, packing.words.numel()
+    total, first = samples * tokens_read, samples * packing.first
+    rows = packing.of_samples(packing.rows, batch * time)
     if grad_hidden is None:
         grad_states = gates.new_zeros(total, size)
     else:
@@ -220,7 +251,7 @@ def _cpu_backward(
     ]
     c0_, weight = c0.to(compute).contiguous(), weight_hh.to(compute).contiguous()
     grad_gates = large(gates.new_empty(total, 4 * size))
-    grad_static_gates = gates.new_empty(batch, 4 * size)
+    grad_static_gates = gates.new_empty(sequences, 4 * size)
     grad_h0, grad_c0 = torch.empty_like(c0_), torch.empty_like(c0_)
     packed_weight = _packed_weight(weight)
     CORE.lstm_backward(
@@ -230,9 +261,12 @@ def _cpu_backward(
     )  # fmt: skip
 
     # The rest are plain products over the packed rows. The state before row (b, t) is hidden[b, t - 1].
-    before = gates.new_empty(total, size)
-    before[:first] = h0.index_select(0, packing.order[:first]).to(compute)
+    before = large(gates.new_empty(total, size))
+    before[:first] = h0.index_select(0, packing.of_samples(packing.order[: packing.first], batch)).to(compute)
     before[first:] = hidden.flatten(0, 1).index_select(0, rows[first:] - 1).to(compute)
+    grad_weight_hh = grad_gates.T @ before
+    if samples > 1:  # they read the same token
+        grad_gates = grad_gates.view(tokens_read, samples, 4 * size).sum(1)
     inputs = embedding.index_select(0, packing.words).to(compute)
     grad_inputs = grad_gates @ weight_input.to(compute)
     grad_embedding = torch.ops.aten.embedding_dense_backward(grad_inputs, packing.words, embedding.shape[0], -1, False)
@@ -242,7 +276,7 @@ def _cpu_backward(
         grad_c0.to(c0.dtype),
         grad_embedding.to(embedding.dtype),
         (grad_gates.T @ inputs).to(weight_input.dtype),
-        (grad_gates.T @ before).to(weight_hh.dtype),
+        grad_weight_hh.to(weight_hh.dtype),
     )
 
 
@@ -259,9 +293,9 @@ _triton_backward = kernel("lstm", "backward")
 def _cuda_forward(tokens: Tensor, lengths: Tensor, static_gates: Tensor, *args: Any) -> tuple[Tensor, ...]:
     if static_gates.dtype == torch.float64:
         return _reference_op(tokens, lengths, static_gates, *args)
-    *tensors, seed, word_dropout, unk_index = args
+    *tensors, seed, word_dropout, unk_index, keep = args
     operands = [t.contiguous() for t in (tokens, lengths, static_gates, *tensors)]
-    return _triton_forward(*operands, seed, word_dropout, unk_index)
+    return _triton_forward(*operands, seed, word_dropout, unk_index, keep)
 
 
 def _cuda_backward(
@@ -293,17 +327,17 @@ def _cuda_backward(
 
 # ------------------------------------------------------------------------------------------ schema, autograd
 def _fake_forward(tokens: Tensor, lengths: Tensor, static_gates: Tensor, h0: Tensor, c0: Tensor,
-                  *_: Any) -> tuple[Tensor, ...]:  # fmt: skip
-    (batch, time), size = tokens.shape, h0.shape[1]
+                  *args: Any) -> tuple[Tensor, ...]:  # fmt: skip
+    time, (sequences, size) = tokens.shape[1], h0.shape
     kernels = h0.device.type == "cuda" and not TRITON_MISSING and static_gates.dtype == torch.float32
     kernels |= h0.device.type == "cpu" and CORE is not None
-    saved = batch * time if kernels else 0
+    kept = (sequences * time, size) if kernels and args[-1] else (0, 0)
     return (
-        h0.new_empty(batch, time, size),
+        h0.new_empty(sequences, time, size),
         h0.new_empty(h0.shape),
         h0.new_empty(h0.shape),
-        static_gates.new_empty(saved, 4 * size if kernels else 0),
-        static_gates.new_empty(saved, size if kernels else 0),
+        static_gates.new_empty(kept[0], 4 * kept[1]),
+        static_gates.new_empty(kept),
     )
 
 
@@ -317,7 +351,7 @@ _OPERANDS = (
     "Tensor weight_input, Tensor weight_hh, Tensor seed, float word_dropout, int unk_index"
 )
 _forward = register(
-    f"lstm_decode({_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"lstm_decode({_OPERANDS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_op,
     fake=_fake_forward,
     cpu=_cpu_forward,
@@ -339,7 +373,8 @@ class _LSTMDecode(torch.autograd.Function):
                 embedding: Tensor, weight_input: Tensor, weight_hh: Tensor, seed: Tensor, word_dropout: float,
                 unk_index: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         operands = (tokens, lengths, static_gates, h0, c0, embedding, weight_input, weight_hh, seed)
-        hidden, h_n, c_n, gates, cells = _forward(*operands, word_dropout, unk_index)
+        keep = any(ctx.needs_input_grad)
+        hidden, h_n, c_n, gates, cells = _forward(*operands, word_dropout, unk_index, keep)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, gates, cells, *operands)
         ctx.word_dropout, ctx.unk_index = word_dropout, unk_index
@@ -377,9 +412,10 @@ def lstm_decode(
 
     Args:
         tokens: word indices, int64 (batch, time).
-        z: latent of each sequence, (batch, latent), or None for a plain LSTM.
-        h0: initial hidden state, (batch, hidden).
-        c0: initial cell state, (batch, hidden).
+        z: latent of each sequence, (batch, latent), or None for a plain LSTM. Several samples of each,
+            (samples, batch, latent), share all work on the tokens, and the dropped words.
+        h0: initial hidden state, (batch, hidden), or (samples, batch, hidden).
+        c0: initial cell state, like `h0`.
         embedding: (vocabulary, embed).
         weight_ih: (4 * hidden, embed + latent), gates in nn.LSTM's order i, f, g, o.
         weight_hh: (4 * hidden, hidden).
@@ -392,45 +428,109 @@ def lstm_decode(
 
     Returns:
         hidden (batch, time, hidden), zero beyond each length, and the states (batch, hidden) after each sequence's
-        last valid step.
+        last valid step; with samples, (samples, batch, ...).
 
     Raises:
         TypeError, ValueError: naming the argument whose type, shape, device or value is wrong.
         IndexError: if a token is out of range (on CUDA the row becomes NaN instead, as checking would synchronise).
     """
-    check_float("embedding", embedding)
+    return _decode(
+        "embedding", tokens, z, h0, c0, embedding, weight_ih, weight_hh, bias, lengths,
+        word_dropout=word_dropout, unk_index=unk_index, generator=generator, seed=seed,
+    )  # fmt: skip
+
+
+def lstm(
+    inputs: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    *,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one LSTM layer over (batch, time, features), each sequence for its own length: cost follows the lengths.
+
+    Args:
+        inputs: (batch, time, features).
+        h0, c0, weight_hh, bias, lengths: as for :func:`lstm_decode`.
+        weight_ih: (4 * hidden, features), gates in nn.LSTM's order i, f, g, o.
+
+    Returns:
+        hidden (batch, time, hidden), zero beyond each length, and the states (batch, hidden) after each sequence's
+        last valid step.
+
+    Raises:
+        TypeError, ValueError: naming the argument whose type, shape, device or value is wrong.
+    """
+    check_float("inputs", inputs)
+    if inputs.dim() != 3:
+        raise ValueError(f"inputs: expected shape (batch, time, features), got {tuple(inputs.shape)}")
+    # Every position is a word of its own.
+    batch, time, features = inputs.shape
+    words = torch.arange(batch * time, device=inputs.device).view(batch, time)
+    rows = inputs.reshape(batch * time, features)
+    return _decode("inputs", words, None, h0, c0, rows, weight_ih, weight_hh, bias, lengths)
+
+
+def _decode(
+    source: str,
+    tokens: Tensor,
+    z: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    embedding: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    *,
+    word_dropout: float = 0.0,
+    unk_index: int | None = None,
+    generator: torch.Generator | None = None,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # `source` is what the caller calls the embedding.
+    check_float(source, embedding)
     embedding, weight_ih, weight_hh, bias = in_autocast_dtype(embedding, weight_ih, weight_hh, bias)
-    check_index("tokens", tokens, "embedding", embedding)
-    check_like("weight_hh", weight_hh, "embedding", embedding)
+    check_index("tokens", tokens, source, embedding)
+    check_like("weight_hh", weight_hh, source, embedding)
     if z is not None:
         check_float("z", z)
-        check_device("z", z, "embedding", embedding)
+        check_device("z", z, source, embedding)
     for name, tensor, meaning in (
         ("tokens", tokens, "(batch, time)"),
         ("embedding", embedding, "(vocabulary, embed)"),
         ("weight_hh", weight_hh, "(4 * hidden, hidden)"),
-        ("z", z, "(batch, latent)"),
     ):
-        if tensor is not None and tensor.dim() != 2:
+        if tensor.dim() != 2:
             raise ValueError(f"{name}: expected shape {meaning}, got {tuple(tensor.shape)}")
+    sampled, name = (h0, "h0") if z is None else (z, "z")
+    if sampled.dim() not in (2, 3):
+        size = "hidden" if z is None else "latent"
+        meaning = f"(batch, {size}) or (samples, batch, {size})"
+        raise ValueError(f"{name}: expected shape {meaning}, got {tuple(sampled.shape)}")
     (batch, time), hidden_size, embed_size = tokens.shape, weight_hh.shape[1], embedding.shape[1]
-    latent = 0 if z is None else z.shape[1]
+    latent, sequences = 0 if z is None else z.shape[-1], (*sampled.shape[:-2], batch)
+    layout = "(batch, hidden)" if sampled.dim() == 2 else "(samples, batch, hidden)"
     check_shape("weight_hh", weight_hh, (4 * hidden_size, hidden_size), "(4 * hidden, hidden)")
-    check_like("weight_ih", weight_ih, "embedding", embedding)
-    check_shape("weight_ih", weight_ih, (4 * hidden_size, embed_size + latent), "(4 * hidden, embed + latent)")
+    check_like("weight_ih", weight_ih, source, embedding)
+    inputs = "features" if source == "inputs" else "embed + latent"
+    check_shape("weight_ih", weight_ih, (4 * hidden_size, embed_size + latent), f"(4 * hidden, {inputs})")
     for name, state in (("h0", h0), ("c0", c0)):
         check_float(name, state)
-        check_device(name, state, "embedding", embedding)
-        check_shape(name, state, (batch, hidden_size), "(batch, hidden)")
+        check_device(name, state, source, embedding)
+        check_shape(name, state, (*sequences, hidden_size), layout)
     if z is not None:
-        check_shape("z", z, (batch, latent), "(batch, latent)")
+        check_shape("z", z, (*sequences, latent), layout.replace("hidden", "latent"))
     if bias is not None:
-        check_like("bias", bias, "embedding", embedding)
+        check_like("bias", bias, source, embedding)
         check_shape("bias", bias, (4 * hidden_size,), "(4 * hidden,)")
     if lengths is None:
         lengths = torch.full((batch,), time, dtype=torch.int64, device=tokens.device)
     else:
-        check_index("lengths", lengths, "embedding", embedding)
+        check_index("lengths", lengths, source, embedding)
         check_shape("lengths", lengths, (batch,), "(batch,)")
     if not 0.0 <= word_dropout <= 1.0:
         raise ValueError(f"word_dropout: expected a probability in [0, 1], got {word_dropout}")
@@ -441,7 +541,7 @@ def lstm_decode(
     if seed is not None and generator is not None:
         raise ValueError("seed: expected None when a generator is given, got both")
     if seed is not None:
-        check_seed(seed, "embedding", embedding)
+        check_seed(seed, source, embedding)
     elif word_dropout > 0:
         seed = draw_seed(tokens.device, generator)
     else:
@@ -449,12 +549,22 @@ def lstm_decode(
 
     if c0 is h0:  # Dynamo refuses one tensor given twice to an autograd function
         c0 = h0.view_as(h0)
+    rows = sequences[0] * batch if len(sequences) == 2 else batch
     # A latent's contribution does not change from step to step: one product per sequence.
-    static_gates = embedding.new_zeros((batch, 4 * hidden_size)) if bias is None else bias.expand(batch, -1)
+    static_gates = embedding.new_zeros((rows, 4 * hidden_size)) if bias is None else bias.expand(rows, -1)
     if z is not None:
-        static_gates = F.linear(z.to(embedding.dtype), weight_ih[:, embed_size:], bias)
+        static_gates = F.linear(z.reshape(rows, latent).to(embedding.dtype), weight_ih[:, embed_size:], bias)
     static_gates = static_gates.to(compute_dtype(embedding))
-    return _LSTMDecode.apply(
-        tokens, lengths, static_gates, h0.to(embedding.dtype), c0.to(embedding.dtype), embedding,
-        weight_ih[:, :embed_size], weight_hh, seed, word_dropout, -1 if unk_index is None else unk_index,
+    h0, c0 = (state.reshape(rows, hidden_size).to(embedding.dtype) for state in (h0, c0))
+    weight_input = weight_ih[:, :embed_size]
+    if not torch.is_grad_enabled():  # needs_input_grad ignores it: the gates would be kept for nobody
+        static_gates, h0, c0, embedding, weight_input, weight_hh = (
+            t.detach() for t in (static_gates, h0, c0, embedding, weight_input, weight_hh)
+        )
+    hidden, h_n, c_n = _LSTMDecode.apply(
+        tokens, lengths, static_gates, h0, c0, embedding, weight_input, weight_hh, seed, word_dropout,
+        -1 if unk_index is None else unk_index,
     )  # fmt: skip
+    if len(sequences) == 1:
+        return hidden, h_n, c_n
+    return tuple(t.reshape(*sequences, *t.shape[1:]) for t in (hidden, h_n, c_n))

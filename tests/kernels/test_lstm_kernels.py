@@ -16,9 +16,9 @@ GRADIENTS = ["static_gates", "h0", "c0", "embedding", "weight_input", "weight_hh
 
 
 class _Problem:
-    """Operands of one call: the sizes are batch, time, embed, hidden, vocabulary."""
+    """Operands of one call: the sizes are batch, time, embed, hidden, vocabulary; each sequence has `samples`."""
 
-    def __init__(self, sizes: tuple[int, ...], dtype: torch.dtype, word_dropout: float = 0.4) -> None:
+    def __init__(self, sizes: tuple[int, ...], dtype: torch.dtype, word_dropout: float = 0.4, samples: int = 1) -> None:
         torch.manual_seed(0)
         batch, time, embed_size, hidden_size, vocabulary = sizes
         self.dtype, self.word_dropout = dtype, word_dropout
@@ -26,12 +26,12 @@ class _Problem:
         self.lengths = torch.randint(0, time + 1, (batch,))
         if batch > 1:
             self.lengths[:2] = torch.tensor([time, 0])
-        scale = hidden_size**-0.5
-        shapes = [(batch, hidden_size)] * 2 + [(vocabulary, embed_size), (4 * hidden_size, embed_size),
+        scale, sequences = hidden_size**-0.5, samples * batch
+        shapes = [(sequences, hidden_size)] * 2 + [(vocabulary, embed_size), (4 * hidden_size, embed_size),
                                                (4 * hidden_size, hidden_size)]  # fmt: skip
-        self.floats = [torch.randn(batch, 4 * hidden_size)]
+        self.floats = [torch.randn(sequences, 4 * hidden_size)]
         self.floats += [(torch.randn(shape) * scale).to(dtype) for shape in shapes]
-        outputs = [(batch, time, hidden_size), (batch, hidden_size), (batch, hidden_size)]
+        outputs = [(sequences, time, hidden_size), (sequences, hidden_size), (sequences, hidden_size)]
         self.grads = [torch.randn(shape).to(dtype) for shape in outputs]
 
     def words(self) -> Tensor:
@@ -44,11 +44,12 @@ class _Problem:
         leaves = [x.to(compute).requires_grad_() for x in self.floats]
         static, h0, c0, embedding, weight_input, weight_hh = leaves
         words, outputs = self.words(), []
-        for b, length in enumerate(self.lengths.tolist()):
-            h, c, steps = h0[b : b + 1], c0[b : b + 1], []
+        for n in range(h0.shape[0]):
+            h, c, steps, b = h0[n : n + 1], c0[n : n + 1], [], n % self.tokens.shape[0]
+            length = int(self.lengths[b])
             for t in range(length):
                 x = embedding[words[b, t] : words[b, t] + 1]
-                h, c = torch.lstm_cell(x, (h, c), weight_input, weight_hh, static[b], torch.zeros_like(static[b]))
+                h, c = torch.lstm_cell(x, (h, c), weight_input, weight_hh, static[n], torch.zeros_like(static[n]))
                 steps.append(h)
             padding = h0.new_zeros(self.tokens.shape[1] - length, h0.shape[1])
             outputs.append((torch.cat([*steps, padding]), h[0], c[0]))
@@ -64,6 +65,9 @@ class _Problem:
         options = (torch.tensor([SEED], device=device), self.word_dropout, UNK)
         *outputs, gates, cells = lstm.forward(tokens, lengths, static_gates, *rest, *options)
         assert gates.dtype == cells.dtype == torch.float32
+        forgetting = lstm.forward(tokens, lengths, static_gates, *rest, *options, keep=False)
+        assert all(torch.equal(a, b) for a, b in zip(outputs, forgetting, strict=False))
+        assert [x.numel() for x in forgetting[3:]] == [0, 0]
         incoming = [g.to(device) for g in self.grads]
         saved = (outputs[0], gates, cells, tokens, lengths)
         grads = lstm.backward(*incoming, *saved, *rest, *options)
@@ -72,11 +76,15 @@ class _Problem:
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 2), (7, 5, 7, 33, 11), (33, 3, 33, 7, 257)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "samples"),
+    [((1, 1, 1, 1, 2), 1), ((7, 5, 7, 33, 11), 1), ((33, 3, 33, 7, 257), 1), ((5, 4, 7, 33, 11), 7)],
+    ids=str,
+)
 def test_matches_float64(
-    sizes: tuple[int, ...], dtype: torch.dtype, device: str, assert_within_budget: Callable
+    sizes: tuple[int, ...], samples: int, dtype: torch.dtype, device: str, assert_within_budget: Callable
 ) -> None:
-    problem = _Problem(sizes, dtype)
+    problem = _Problem(sizes, dtype, samples=samples)
     ours, exact, plain = problem.kernels(device), problem.eager(torch.float64), problem.eager(dtype)
     for name, mine, truth, peer in zip(NAMES, ours[0], exact[0], plain[0], strict=True):
         assert mine.dtype == dtype, name

@@ -42,7 +42,7 @@ def test_the_fixture_switches_backends(backend):
     """What the tests of both backends rest on."""
     arguments = [torch.zeros(2, 3, dtype=torch.int64), torch.tensor([3, 3]), torch.zeros(2, 16)]
     arguments += [torch.zeros(shape) for shape in ((2, 4), (2, 4), (5, 3), (16, 3), (16, 4))]
-    saved = torch.ops.fastvae.lstm_decode(*arguments, torch.tensor([1]), 0.0, -1)[3:]
+    saved = torch.ops.fastvae.lstm_decode(*arguments, torch.tensor([1]), 0.0, -1, True)[3:]
     assert [s.numel() for s in saved] == ([96, 24] if backend == "C++" else [0, 0])
     seed, zeros = torch.tensor([1]), torch.zeros(100, 100)
     ours = torch.ops.fastvae.gaussian_sample_kl(zeros, zeros, None, None, seed, None, True)[0]
@@ -119,7 +119,7 @@ from test_gaussian import test_opcheck as gaussian
 from test_lstm import test_opcheck as lstm
 gaussian(3, "shared", torch.float32)
 cross_entropy(torch.bfloat16, True, (True, True))
-lstm(torch.float32, 0.5)
+lstm(torch.float32, 0.5, 2)
 """
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from cases import DTYPES
 from torch import nn
 
+from fastvae.functional import lstm as lstm_layer
 from fastvae.functional import lstm_decode
 from fastvae.ops import lstm, random
 
@@ -115,6 +116,82 @@ def test_all_steps_are_valid_without_lengths(backend):
     without = lstm_decode(tokens, **leaves)
     full = lstm_decode(tokens, **leaves, lengths=torch.full((4,), 5))
     assert all(torch.equal(a, b) for a, b in zip(without, full, strict=True))
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("latent", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("samples", [1, 2, 7])
+def test_samples_are_sequences_that_share_their_tokens(samples, dtype, latent, backend):
+    tokens, lengths, leaves = operands((5, 6, 11, 4, latent, 17), dtype)
+    torch.manual_seed(2)
+    for name in ("z", "h0", "c0"):
+        if leaves[name] is not None:
+            sampled = torch.randn(samples, *leaves[name].shape)
+            leaves[name] = sampled.to(dtype).requires_grad_()
+    flat = clones(leaves)
+    flattened = flat | {name: flat[name].flatten(0, 1) for name in ("z", "h0", "c0") if flat[name] is not None}
+    dropout = {"word_dropout": 0.4, "unk_index": 1}
+    together = lstm_decode(tokens, **leaves, lengths=lengths, **dropout, seed=SEED)
+    # Of one batch, all samples of a sequence drop the same words.
+    replaced = lstm.dropped_tokens(tokens, lengths, SEED, **dropout)
+    apart = lstm_decode(replaced.repeat(samples, 1), **flattened, lengths=lengths.repeat(samples))
+    apart = [o.unflatten(0, (samples, 5)) for o in apart]
+    ours, theirs = with_gradients(together, leaves), with_gradients(apart, flat)
+    tolerance = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2}[dtype]
+    for name, mine in ours.items():
+        assert mine.shape == theirs[name].shape, name
+        scale = theirs[name].abs().max().item()
+        torch.testing.assert_close(mine, theirs[name], rtol=tolerance, atol=tolerance * scale, msg=name)
+
+
+@pytest.mark.usefixtures("poison")
+def test_nothing_is_kept_without_gradient(backend):
+    tokens, lengths, leaves = operands((5, 6, 11, 4, 3, 17))
+    recorded = lstm_decode(tokens, **leaves, lengths=lengths)
+    with torch.no_grad():
+        plain = lstm_decode(tokens, **leaves, lengths=lengths)
+    frozen = {name: leaf.detach() for name, leaf in leaves.items()}
+    for a, b, c in zip(recorded, plain, lstm_decode(tokens, **frozen, lengths=lengths), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+        assert not b.requires_grad
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (7, 5, 33, 7), (3, 4, 1, 33), (9, 6, 17, 65)], ids=str)
+def test_dense_inputs_match_float64(sizes, dtype, backend, assert_within_budget):
+    """`lstm` against nn.LSTM, each sequence at its own length."""
+    batch, time, features, hidden = sizes
+    tokens, lengths, leaves = operands((batch, time, batch * time, features, 0, hidden), dtype)
+    tokens = torch.arange(batch * time).view(batch, time)
+    peer, exact = clones(leaves), clones(leaves, torch.float64)
+    inputs = {name: leaf for name, leaf in leaves.items() if name not in ("z", "embedding")}
+    outputs = lstm_layer(leaves["embedding"].view(batch, time, features), **inputs, lengths=lengths)
+    ours = with_gradients(outputs, leaves)
+    theirs = with_gradients(eager(tokens, lengths, peer), peer)
+    truth = with_gradients(eager(tokens, lengths, exact), exact)
+    for name, mine in ours.items():
+        rounding = {torch.float32: 8, torch.float64: 32}.get(dtype, 2)
+        assert_within_budget(name, mine, truth[name], theirs[name], rounding)
+
+
+def test_dense_inputs_errors_name_the_argument():
+    inputs, state = torch.zeros(2, 3, 4), torch.zeros(2, 5)
+    good = {"inputs": inputs, "h0": state, "c0": state, "weight_ih": torch.zeros(20, 4), "bias": None}
+    good["weight_hh"] = torch.zeros(20, 5)
+    lstm_layer(**good)
+    for arguments, error, message in [
+        ({"inputs": inputs[0]}, ValueError, r"inputs: expected shape \(batch, time, features\), got \(3, 4\)"),
+        ({"inputs": inputs.long()}, TypeError, "inputs: expected float32"),
+        ({"weight_ih": torch.zeros(20, 7)}, ValueError, r"weight_ih: expected .*features\).* got \(20, 7\)"),
+        ({"weight_hh": good["weight_hh"].double()}, TypeError, "weight_hh: .*inputs"),
+        ({"h0": state[:1]}, ValueError, "h0: expected"),
+        ({"lengths": torch.tensor([3])}, ValueError, "lengths: expected"),
+    ]:
+        with pytest.raises(error, match=message):
+            lstm_layer(**(good | arguments))
 
 
 def test_lengths(backend):
@@ -372,14 +449,17 @@ def test_gradcheck(bias, backend):
     assert torch.autograd.gradcheck(function, given(leaves))
 
 
+@pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize(("dtype", "word_dropout"), [(torch.float64, 0.5), (torch.bfloat16, 0.0)])
-def test_opcheck(dtype, word_dropout):
+def test_opcheck(dtype, word_dropout, samples):
     tokens, lengths, leaves = operands((4, 3, 5, 2, 0, 3), dtype)
     tensors = [leaves[name].detach() for name in ("h0", "c0", "embedding", "weight_ih", "weight_hh")]
-    static_gates = torch.randn(4, 12, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    tensors[:2] = [state.repeat(samples, 1) for state in tensors[:2]]
+    static_gates = torch.randn(4 * samples, 12, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     arguments = (tokens, lengths, static_gates, *tensors, SEED, word_dropout, 1)
-    torch.library.opcheck(torch.ops.fastvae.lstm_decode, arguments)
-    outputs = torch.ops.fastvae.lstm_decode(*arguments)
+    torch.library.opcheck(torch.ops.fastvae.lstm_decode, (*arguments, False))
+    torch.library.opcheck(torch.ops.fastvae.lstm_decode, (*arguments, True))
+    outputs = torch.ops.fastvae.lstm_decode(*arguments, True)
     grads = [torch.randn(o.shape).to(o.dtype) for o in outputs[:3]]
     for given_grads in (grads, [grads[0], None, None], [None, grads[1], None]):
         backward = (*given_grads, outputs[0], *outputs[3:], *arguments)
