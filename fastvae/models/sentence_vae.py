@@ -285,15 +285,15 @@ class SentenceVAE(nn.Module):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         lengths = checked_lengths(tokens, lengths, self.decoder.pad_index, shortest=2)
-        batch, log_weights = tokens.size(0), []
+        log_weights = []
         with _evaluating(self):
             hidden = self.encoder(tokens, lengths)
             for first in range(0, num_samples, chunk):
                 samples = min(chunk, num_samples - first)
                 z, _, mean, log_var = self.head(hidden, num_samples=samples, generator=generator)
-                nll = self.decoder(tokens.repeat(samples, 1), z.flatten(0, 1), lengths.repeat(samples))
+                nll = self.decoder(tokens, z, lengths)
                 ratio = _log_prior_over_posterior(z.double(), mean.double(), log_var.double())
-                log_weights.append(ratio - nll.reshape(samples, batch))
+                log_weights.append(ratio - nll)
         return math.log(num_samples) - torch.cat(log_weights).logsumexp(0)
 
     @torch.no_grad()

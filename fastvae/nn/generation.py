@@ -130,7 +130,7 @@ class _Recurrence:
     def __init__(self, decoder: LSTMDecoder, z: Tensor, steps: int) -> None:
         self.decoder = decoder
         self.rows = z.size(0)
-        self.start = decoder.initial_states(z)
+        self.start = decoder.initial_states(z)  # each (num_layers, rows, hidden)
         self.score_dtype = compute_dtype(z)
         self.weight_input = decoder.weight_ih[:, : decoder.embed_dim]
         # The latent adds the same to the gates at every step.
@@ -145,11 +145,16 @@ class _Recurrence:
             inputs = self.table[tokens]
         else:
             inputs = F.linear(self.decoder.embedding.weight[tokens], self.weight_input)
-        gates = inputs + self.static + F.linear(hidden, self.decoder.weight_hh)
-        i, f, g, o = gates.chunk(4, -1)
-        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
-        hidden = o.sigmoid() * cell.tanh()
-        return self.decoder.output(hidden).log_softmax(-1, dtype=self.score_dtype), hidden, cell
+        states: list[Tensor] = []
+        cells: list[Tensor] = []
+        for layer in range(self.decoder.num_layers):
+            weight_ih, weight_hh, bias = self.decoder.layer(layer)
+            from_below = F.linear(states[-1], weight_ih, bias) if states else inputs + self.static
+            i, f, g, o = (from_below + F.linear(hidden[layer], weight_hh)).chunk(4, -1)
+            cells.append(f.sigmoid() * cell[layer] + i.sigmoid() * g.tanh())
+            states.append(o.sigmoid() * cells[-1].tanh())
+        scores = self.decoder.output(states[-1]).log_softmax(-1, dtype=self.score_dtype)
+        return scores, torch.stack(states), torch.stack(cells)
 
 
 def _one_by_one(
@@ -223,7 +228,7 @@ def _beam_search(
         if (best >= scores[:, 0] / max_length**length_penalty).all():
             break
         beams = (row.unsqueeze(1) * beam_size + parent).reshape(-1)
-        last, hidden, cell = word.reshape(-1), hidden[beams], cell[beams]
+        last, hidden, cell = word.reshape(-1), hidden[:, beams], cell[:, beams]
 
     # Where nothing ended in time, the likeliest beginning stands, cut at max_length.
     cut = best == -math.inf

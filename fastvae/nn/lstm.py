@@ -3,27 +3,103 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvae.functional import linear_cross_entropy, lstm_decode
+from fastvae.functional import linear_cross_entropy, lstm, lstm_decode
 from fastvae.nn.generation import generate
 
 _IGNORED = -100
 
 
-class LSTMEncoder(nn.Module):
+class _LSTMLayers(nn.Module):
+    """The layers that encoder and decoder have in common, the first of which reads tokens."""
+
+    embedding: nn.Embedding
+    weight_ih: nn.Parameter
+    weight_hh: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, hidden_size: int, num_layers: int, layer_dropout: float, variational_dropout: bool) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
+        _check_probability("layer_dropout", layer_dropout)
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.layer_dropout = layer_dropout
+        self.variational_dropout = variational_dropout
+
+    def _add_layers(self, input_size: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        gates = 4 * self.hidden_size
+        for layer in range(self.num_layers):
+            size = self.hidden_size if layer else input_size
+            for name, shape in (
+                ("weight_ih", (gates, size)),
+                ("weight_hh", (gates, self.hidden_size)),
+                ("bias", (gates,)),
+            ):
+                parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                self.register_parameter(_parameter_name(name, layer), parameter)
+
+    def _reset_layers(self) -> None:
+        bound = self.hidden_size**-0.5
+        for layer in range(self.num_layers):
+            for parameter in self.layer(layer):
+                if parameter is not None:
+                    nn.init.uniform_(parameter, -bound, bound)
+
+    def layer(self, index: int) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter | None]:
+        """Give weight_ih, weight_hh and bias of a layer, counted from 0 at the tokens."""
+        if not 0 <= index < self.num_layers:
+            raise IndexError(f"index: expected a layer in [0, {self.num_layers}), got {index}")
+        names = (_parameter_name(name, index) for name in ("weight_ih", "weight_hh", "bias"))
+        return tuple(getattr(self, name) for name in names)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        z: Tensor | None,
+        h0: Tensor,
+        c0: Tensor,
+        lengths: Tensor,
+        **word_dropout: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Run all layers; h0 and c0 are (num_layers, ..., batch, H). Returns the last one's states and final state."""
+        hidden, final, _ = lstm_decode(
+            tokens, z, h0[0], c0[0], self.embedding.weight, *self.layer(0), lengths=lengths, **word_dropout
+        )
+        shape = hidden.shape
+        for layer in range(1, self.num_layers):
+            # From here on, samples of a sequence share nothing.
+            inputs = self._dropped(hidden, self.layer_dropout).reshape(-1, *shape[-2:])
+            h, c = h0[layer].reshape(-1, shape[-1]), c0[layer].reshape(-1, shape[-1])
+            repeated = lengths.repeat(inputs.size(0) // lengths.size(0))
+            hidden, final, _ = lstm(inputs, h, c, *self.layer(layer), lengths=repeated)
+        return hidden.view(shape), final.view(*shape[:-2], shape[-1])
+
+    def _dropped(self, hidden: Tensor, probability: float) -> Tensor:
+        if not self.variational_dropout or not self.training:
+            return F.dropout(hidden, probability, self.training)
+        return hidden * F.dropout(torch.ones_like(hidden[..., :1, :]), probability)
+
+
+class LSTMEncoder(_LSTMLayers):
     """Reads a sentence and gives its last hidden state.
 
     Args:
         vocab_size: number of tokens V.
         embed_dim: size E of the token embeddings.
         hidden_size: size H of the state.
+        num_layers: number of layers, each of which reads the states of the one before; named as in
+            `LSTMDecoder`.
         dropout: probability of dropping an entry of the final state in training mode; the mask follows
             torch's global generator, as `nn.Dropout`.
+        layer_dropout: the same for the states that go from layer to layer.
+        variational_dropout: drop the same entries of the states at all steps of a sentence.
         pad_index: token that fills up short sentences, from which lengths are counted when not given.
         embedding: an `nn.Embedding(V, E)` to share with another layer; a new one when None.
     """
@@ -34,13 +110,16 @@ class LSTMEncoder(nn.Module):
         embed_dim: int,
         hidden_size: int,
         *,
+        num_layers: int = 1,
         dropout: float = 0.0,
+        layer_dropout: float = 0.0,
+        variational_dropout: bool = False,
         pad_index: int | None = None,
         embedding: nn.Embedding | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(hidden_size, num_layers, layer_dropout, variational_dropout)
         _check_probability("dropout", dropout)
         _check_indices(vocab_size, pad_index=pad_index)
         if embedding is not None and tuple(embedding.weight.shape) != (vocab_size, embed_dim):
@@ -50,17 +129,14 @@ class LSTMEncoder(nn.Module):
             )
         self.vocab_size = vocab_size
         self.embed_dim = embed_dim
-        self.hidden_size = hidden_size
         self.dropout = dropout
         self.pad_index = pad_index
         shared = embedding is not None
         self.embedding = embedding or nn.Embedding(vocab_size, embed_dim, device=device, dtype=dtype)
-        self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, embed_dim, device=device, dtype=dtype))
-        self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(4 * hidden_size, device=device, dtype=dtype))
+        self._add_layers(embed_dim, device, dtype)
         if not shared:
             _reset_embedding(self.embedding)
-        _reset_recurrence(self)
+        self._reset_layers()
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Encode a batch of sentences.
@@ -70,7 +146,7 @@ class LSTMEncoder(nn.Module):
             lengths: `(batch,)` int64, each in 1..time; None counts the tokens that are not padding.
 
         Returns:
-            The state after each sentence's last token, `(batch, hidden_size)`.
+            The last layer's state after each sentence's last token, `(batch, hidden_size)`.
 
         Raises:
             TypeError, ValueError: for a wrong shape or dtype; for lengths out of range, on CPU outside
@@ -78,23 +154,16 @@ class LSTMEncoder(nn.Module):
             IndexError: for a token out of range (on CUDA the sentence's result is NaN instead).
         """
         lengths = checked_lengths(tokens, lengths, self.pad_index, shortest=1)
-        h0, c0 = _zero_states(self.weight_hh, tokens.size(0))
-        _, final, _ = lstm_decode(
-            tokens,
-            None,
-            h0,
-            c0,
-            self.embedding.weight,
-            self.weight_ih,
-            self.weight_hh,
-            self.bias,
-            lengths=lengths,
-        )
+        h0, c0 = _zero_states(self.weight_hh, self.num_layers, tokens.size(0))
+        _, final = self._run(tokens, None, h0, c0, lengths)
         return F.dropout(final, self.dropout, self.training)
 
     def extra_repr(self) -> str:
         """List the settings for `print`."""
-        return f"{self.vocab_size}, {self.embed_dim}, {self.hidden_size}, dropout={self.dropout}"
+        return (
+            f"{self.vocab_size}, {self.embed_dim}, {self.hidden_size}, num_layers={self.num_layers}, "
+            f"dropout={self.dropout}, layer_dropout={self.layer_dropout}"
+        )
 
 
 class DecoderModules(NamedTuple):
@@ -106,33 +175,39 @@ class DecoderModules(NamedTuple):
     initial_state: nn.Linear | None
 
 
-class LSTMDecoder(nn.Module):
+class LSTMDecoder(_LSTMLayers):
     """Language model over sentences given a latent vector: p(x|z).
 
     The latent sets the initial state, (h0, c0) = W z + b, and enters every step beside the token's
     embedding. `latent_dim=0` gives a plain language model: pass `z=None`, it starts from zeros.
 
     Parameters: `embedding.weight` (V, E); `weight_ih` (4H, E + latent), gates in the order i, f, g, o of
-    `nn.LSTM`; `weight_hh` (4H, H); `bias` (4H); `output.weight` (V, H) and `output.bias` (V);
-    `initial_state.weight` (2H, latent) and `initial_state.bias` (2H).
+    `nn.LSTM`; `weight_hh` (4H, H); `bias` (4H); for layer n from 1 on `weight_ih_ln` (4H, H),
+    `weight_hh_ln` and `bias_ln`; `output.weight` (V, H) and `output.bias` (V); `initial_state.weight`
+    (2 * num_layers * H, latent) and `initial_state.bias`, hidden states of all layers before cell states.
 
     Args:
         vocab_size: number of tokens V.
         embed_dim: size E of the token embeddings.
         hidden_size: size H of the state.
         latent_dim: size of z, 0 for none.
+        num_layers: number of layers, each of which reads the states of the one before. z enters the
+            first, and sets the initial state of all.
         word_dropout: probability of replacing an input token by `unk_index`, in training mode only;
             never the first token, never padding.
         dropout: probability of dropping an entry of the hidden states before the vocabulary product, in
             training mode only; the mask follows torch's global generator, as `nn.Dropout`. Embeddings
             are not dropped: they are gathered inside the fused recurrence.
+        layer_dropout: the same for the states that go from layer to layer (the `dropout` of `nn.LSTM`).
+        variational_dropout: drop the same entries of the states at all steps of a sentence.
         tie_weights: use the embedding as output weight; needs `embed_dim == hidden_size`.
         pad_index: token that fills up short sentences; None when there is none.
         bos_index: token that starts a sentence; needed by `generate`.
         eos_index: token that ends a sentence; needed by `generate`.
         unk_index: token that stands for unknown words; needed by `word_dropout`.
 
-    Source: Bowman et al., Generating Sentences from a Continuous Space (2016).
+    Sources: Bowman et al., Generating Sentences from a Continuous Space (2016); variational dropout: Gal &
+    Ghahramani, A Theoretically Grounded Application of Dropout in Recurrent Neural Networks (2016).
     """
 
     def __init__(
@@ -142,8 +217,11 @@ class LSTMDecoder(nn.Module):
         hidden_size: int,
         latent_dim: int,
         *,
+        num_layers: int = 1,
         word_dropout: float = 0.0,
         dropout: float = 0.0,
+        layer_dropout: float = 0.0,
+        variational_dropout: bool = False,
         tie_weights: bool = False,
         pad_index: int | None = None,
         bos_index: int | None = None,
@@ -152,7 +230,7 @@ class LSTMDecoder(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(hidden_size, num_layers, layer_dropout, variational_dropout)
         _check_probability("word_dropout", word_dropout)
         _check_probability("dropout", dropout)
         _check_indices(vocab_size, pad_index=pad_index, bos_index=bos_index, eos_index=eos_index, unk_index=unk_index)
@@ -164,7 +242,6 @@ class LSTMDecoder(nn.Module):
             raise ValueError(f"tie_weights: expected embed_dim equal to hidden_size, got {embed_dim} and {hidden_size}")
         self.vocab_size = vocab_size
         self.embed_dim = embed_dim
-        self.hidden_size = hidden_size
         self.latent_dim = latent_dim
         self.word_dropout = word_dropout
         self.dropout = dropout
@@ -174,13 +251,11 @@ class LSTMDecoder(nn.Module):
         self.eos_index = eos_index
         self.unk_index = unk_index
 
-        gates = 4 * hidden_size
         self.embedding = nn.Embedding(vocab_size, embed_dim, device=device, dtype=dtype)
-        self.weight_ih = nn.Parameter(torch.empty(gates, embed_dim + latent_dim, device=device, dtype=dtype))
-        self.weight_hh = nn.Parameter(torch.empty(gates, hidden_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(gates, device=device, dtype=dtype))
+        self._add_layers(embed_dim + latent_dim, device, dtype)
         self.output = nn.Linear(hidden_size, vocab_size, device=device, dtype=dtype)
-        self.initial_state = nn.Linear(latent_dim, 2 * hidden_size, device=device, dtype=dtype) if latent_dim else None
+        states = 2 * num_layers * hidden_size
+        self.initial_state = nn.Linear(latent_dim, states, device=device, dtype=dtype) if latent_dim else None
         self.reset_parameters()
         if tie_weights:
             self.output.weight = self.embedding.weight
@@ -190,7 +265,7 @@ class LSTMDecoder(nn.Module):
         self.output.reset_parameters()
         if self.initial_state is not None:
             self.initial_state.reset_parameters()
-        _reset_recurrence(self)
+        self._reset_layers()
         _reset_embedding(self.embedding)
 
     def forward(
@@ -208,7 +283,8 @@ class LSTMDecoder(nn.Module):
 
         Args:
             tokens: `(batch, time)` int64, each row `<s> ... </s>`, padded on the right.
-            z: `(batch, latent_dim)`; None for `latent_dim=0`.
+            z: `(batch, latent_dim)`; None for `latent_dim=0`. Or several samples for each sentence,
+                `(samples, batch, latent_dim)`: they share the work on the tokens, and the dropped words.
             lengths: `(batch,)` int64, each in 1..time, `<s>` and `</s>` counted; None counts the tokens
                 that are not padding.
             generator: source of the word dropout; the global generator when None.
@@ -217,7 +293,7 @@ class LSTMDecoder(nn.Module):
 
         Returns:
             nll in nats, summed over each sentence's targets, float32 (float64 for float64 parameters),
-            `(batch,)`.
+            `(batch,)` or `(samples, batch)`.
 
         Raises:
             TypeError, ValueError: for a wrong shape or dtype; for lengths out of range, on CPU outside
@@ -230,12 +306,12 @@ class LSTMDecoder(nn.Module):
         losses = linear_cross_entropy(
             hidden,
             self.output.weight,
-            targets.masked_fill(beyond, _IGNORED),
+            targets.masked_fill(beyond, _IGNORED).expand(hidden.shape[:-1]),
             self.output.bias,
             ignore_index=_IGNORED,
             reduction="none",
         )
-        return losses.sum(1)
+        return losses.sum(-1)
 
     def logits(
         self,
@@ -251,8 +327,8 @@ class LSTMDecoder(nn.Module):
         Args: as `forward`.
 
         Returns:
-            `(batch, time - 1, V)`; position t scores `tokens[:, t + 1]`. Beyond a sentence's end the
-            hidden state is zero and the logits are the output bias.
+            `(batch, time - 1, V)`, with samples `(samples, batch, time - 1, V)`. Position t scores
+            `tokens[:, t + 1]`. Beyond a sentence's end the hidden state is zero and the logits are the output bias.
         """
         hidden, _ = self._hidden(tokens, z, lengths, generator, seed)
         logits: Tensor = self.output(hidden)
@@ -337,9 +413,11 @@ class LSTMDecoder(nn.Module):
 
         Args:
             embedding: `nn.Embedding(V, E)`; its `padding_idx` is the default of `pad_index`.
-            lstm: `nn.LSTM(E + latent, H)` with one layer, fed with [embedding; z] at every step.
+            lstm: `nn.LSTM(E + latent, H)`, fed with [embedding; z] at every step; its `dropout` is the
+                decoder's `layer_dropout`.
             output: `nn.Linear(H, V)`.
-            initial_state: `nn.Linear(latent, 2 * H)`, whose halves are (h0, c0); None starts from zeros.
+            initial_state: `nn.Linear(latent, 2 * num_layers * H)`, whose halves are (h0, c0), layer after
+                layer; None starts from zeros.
             word_dropout, dropout, pad_index, bos_index, eos_index, unk_index: as for `LSTMDecoder`.
 
         Returns:
@@ -347,7 +425,7 @@ class LSTMDecoder(nn.Module):
 
         Raises:
             TypeError: if an argument is not a module of the kind named above.
-            ValueError: for an LSTM with several layers, two directions or a projection, an embedding with
+            ValueError: for an LSTM with two directions or a projection, an embedding with
                 `max_norm` or `scale_grad_by_freq`, or sizes, dtypes or devices that do not fit together.
         """
         latent_dim = _check_modules(embedding, lstm, output, initial_state)
@@ -356,8 +434,10 @@ class LSTMDecoder(nn.Module):
             embedding.embedding_dim,
             lstm.hidden_size,
             latent_dim,
+            num_layers=lstm.num_layers,
             word_dropout=word_dropout,
             dropout=dropout,
+            layer_dropout=lstm.dropout,
             tie_weights=output.weight is embedding.weight,
             pad_index=embedding.padding_idx if pad_index is None else pad_index,
             bos_index=bos_index,
@@ -367,7 +447,8 @@ class LSTMDecoder(nn.Module):
             dtype=embedding.weight.dtype,
         )
         if not lstm.bias:
-            decoder.register_parameter("bias", None)
+            for layer in range(lstm.num_layers):
+                decoder.register_parameter(_parameter_name("bias", layer), None)
         if output.bias is None:
             decoder.output.register_parameter("bias", None)
         if initial_state is None:
@@ -380,23 +461,33 @@ class LSTMDecoder(nn.Module):
     def to_modules(self) -> DecoderModules:
         """Give the equivalent PyTorch modules, with copies of the weights.
 
-        The one bias of the recurrence becomes `bias_ih_l0`; `bias_hh_l0` is zero.
+        The one bias of a layer becomes its `bias_ih`; its `bias_hh` is zero.
 
         Returns:
             embedding, lstm (`batch_first=True`), output, and initial_state or None.
         """
         inputs, has_bias = self.embed_dim + self.latent_dim, self.bias is not None
         embedding = nn.Embedding(self.vocab_size, self.embed_dim).to(self.weight_hh)
-        lstm = nn.LSTM(inputs, self.hidden_size, batch_first=True, bias=has_bias).to(self.weight_hh)
+        lstm = nn.LSTM(
+            inputs,
+            self.hidden_size,
+            self.num_layers,
+            batch_first=True,
+            bias=has_bias,
+            dropout=self.layer_dropout if self.num_layers > 1 else 0.0,
+        ).to(self.weight_hh)
         output = nn.Linear(self.hidden_size, self.vocab_size, bias=self.output.bias is not None)
         output = output.to(self.weight_hh)
         embedding.load_state_dict(self.embedding.state_dict())
         output.load_state_dict(self.output.state_dict())
         if self.tie_weights:
             output.weight = embedding.weight
-        weights: dict[str, Tensor] = {"weight_ih_l0": self.weight_ih, "weight_hh_l0": self.weight_hh}
-        if self.bias is not None:
-            weights |= {"bias_ih_l0": self.bias, "bias_hh_l0": torch.zeros_like(self.bias)}
+        weights: dict[str, Tensor] = {}
+        for n in range(self.num_layers):
+            weight_ih, weight_hh, bias = self.layer(n)
+            weights |= {f"weight_ih_l{n}": weight_ih, f"weight_hh_l{n}": weight_hh}
+            if bias is not None:
+                weights |= {f"bias_ih_l{n}": bias, f"bias_hh_l{n}": torch.zeros_like(bias)}
         lstm.load_state_dict(weights)
         modules = DecoderModules(embedding, lstm, output, copy.deepcopy(self.initial_state))
         for module in modules:
@@ -405,11 +496,12 @@ class LSTMDecoder(nn.Module):
         return modules
 
     def initial_states(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Give (h0, c0), each `(batch, hidden_size)`, for latents `(batch, latent_dim)`."""
+        """Give (h0, c0), each `(num_layers, ..., hidden_size)`, for latents `(..., latent_dim)`."""
         if self.initial_state is None:
-            return _zero_states(self.weight_hh, z.size(0))
+            return _zero_states(self.weight_hh, self.num_layers, *z.shape[:-1])
         h0, c0 = self.initial_state(z).chunk(2, -1)
-        return h0, c0
+        shape = (self.num_layers, self.hidden_size)
+        return h0.unflatten(-1, shape).movedim(-2, 0), c0.unflatten(-1, shape).movedim(-2, 0)
 
     def _hidden(
         self,
@@ -423,32 +515,30 @@ class LSTMDecoder(nn.Module):
         batch = tokens.size(0)
         if z is None and not self.latent_dim:
             z = self.weight_hh.new_empty(batch, 0)
-        if z is None or tuple(z.shape) != (batch, self.latent_dim):
+        if z is None or z.dim() not in (2, 3) or tuple(z.shape[-2:]) != (batch, self.latent_dim):
             got = "None" if z is None else str(tuple(z.shape))
-            raise ValueError(f"z: expected shape (batch, latent_dim) = {(batch, self.latent_dim)}, got {got}")
+            expected = f"(batch, latent_dim) = {(batch, self.latent_dim)}"
+            raise ValueError(f"z: expected shape {expected}, or samples of it, got {got}")
         h0, c0 = self.initial_states(z)
-        hidden, _, _ = lstm_decode(
+        hidden, _ = self._run(
             tokens[:, :-1],
             z if self.latent_dim else None,
             h0,
             c0,
-            self.embedding.weight,
-            self.weight_ih,
-            self.weight_hh,
-            self.bias,
-            lengths=lengths - 1,
+            lengths - 1,
             word_dropout=self.word_dropout if self.training else 0.0,
             unk_index=self.unk_index,
             generator=generator,
             seed=seed,
         )
-        return F.dropout(hidden, self.dropout, self.training), lengths
+        return self._dropped(hidden, self.dropout), lengths
 
     def extra_repr(self) -> str:
         """List the settings for `print`."""
         return (
             f"{self.vocab_size}, {self.embed_dim}, {self.hidden_size}, {self.latent_dim}, "
-            f"word_dropout={self.word_dropout}, dropout={self.dropout}, tie_weights={self.tie_weights}"
+            f"num_layers={self.num_layers}, word_dropout={self.word_dropout}, dropout={self.dropout}, "
+            f"layer_dropout={self.layer_dropout}, tie_weights={self.tie_weights}"
         )
 
 
@@ -493,21 +583,18 @@ def checked_lengths(tokens: Tensor, lengths: Tensor | None, pad_index: int | Non
     return lengths.to(tokens.device)
 
 
-def _zero_states(weight_hh: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def _zero_states(weight_hh: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
     # Two tensors: Dynamo refuses an autograd function that is given the same one twice.
-    h0, c0 = weight_hh.new_zeros(2, batch, weight_hh.size(1)).unbind()
+    h0, c0 = weight_hh.new_zeros(2, *sizes, weight_hh.size(1)).unbind()
     return h0, c0
+
+
+def _parameter_name(name: str, layer: int) -> str:
+    return f"{name}_l{layer}" if layer else name
 
 
 def _reset_embedding(embedding: nn.Embedding) -> None:
     nn.init.uniform_(embedding.weight, -0.1, 0.1)
-
-
-def _reset_recurrence(layer: LSTMEncoder | LSTMDecoder) -> None:
-    bound = layer.hidden_size**-0.5
-    for parameter in (layer.weight_ih, layer.weight_hh, layer.bias):
-        if parameter is not None:
-            nn.init.uniform_(parameter, -bound, bound)
 
 
 def _check_probability(name: str, value: float) -> None:
@@ -534,7 +621,7 @@ def _check_modules(embedding: nn.Embedding, lstm: nn.LSTM, output: nn.Linear, in
             raise TypeError(f"{name}: expected nn.{kind.__name__}, got {type(module).__name__}")
     wanted_settings: dict[str, tuple[nn.Module, dict[str, int | None]]] = {
         "embedding": (embedding, {"max_norm": None, "scale_grad_by_freq": False}),
-        "lstm": (lstm, {"num_layers": 1, "bidirectional": False, "proj_size": 0}),
+        "lstm": (lstm, {"bidirectional": False, "proj_size": 0}),
     }
     for name, (module, settings) in wanted_settings.items():
         for setting, wanted in settings.items():
@@ -548,7 +635,7 @@ def _check_modules(embedding: nn.Embedding, lstm: nn.LSTM, output: nn.Linear, in
         )
     _check_linear("output", output, hidden_size, vocab_size)
     if initial_state is not None:
-        _check_linear("initial_state", initial_state, latent_dim, 2 * hidden_size)
+        _check_linear("initial_state", initial_state, latent_dim, 2 * lstm.num_layers * hidden_size)
     weights = {"lstm": lstm.weight_ih_l0, "output": output.weight}
     if initial_state is not None:
         weights["initial_state"] = initial_state.weight
@@ -573,13 +660,12 @@ def _state_of(
     embedding: nn.Embedding, lstm: nn.LSTM, output: nn.Linear, initial_state: nn.Linear | None
 ) -> dict[str, Tensor]:
     recurrence = lstm.state_dict()
-    state = {
-        "embedding.weight": embedding.weight.detach(),
-        "weight_ih": recurrence["weight_ih_l0"],
-        "weight_hh": recurrence["weight_hh_l0"],
-    }
-    if lstm.bias:
-        state["bias"] = recurrence["bias_ih_l0"] + recurrence["bias_hh_l0"]
+    state = {"embedding.weight": embedding.weight.detach()}
+    for n in range(lstm.num_layers):
+        for name in ("weight_ih", "weight_hh"):
+            state[_parameter_name(name, n)] = recurrence[f"{name}_l{n}"]
+        if lstm.bias:
+            state[_parameter_name("bias", n)] = recurrence[f"bias_ih_l{n}"] + recurrence[f"bias_hh_l{n}"]
     state |= {f"output.{name}": value for name, value in output.state_dict().items()}
     if initial_state is not None:
         state |= {f"initial_state.{name}": value for name, value in initial_state.state_dict().items()}

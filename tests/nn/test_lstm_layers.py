@@ -1,5 +1,6 @@
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -29,13 +30,13 @@ def make_decoder(seed=0, dtype=torch.float64, **settings):
     return LSTMDecoder(V, E, H, L, **(SPECIAL | settings)).to(dtype)
 
 
-def user_modules(dtype=torch.float64, *, bias=True, start=True, seed=0):
+def user_modules(dtype=torch.float64, *, bias=True, start=True, layers=1, seed=0):
     torch.manual_seed(seed)
     return (
         nn.Embedding(V, E).to(dtype),
-        nn.LSTM(E + L, H, batch_first=True, bias=bias).to(dtype),
+        nn.LSTM(E + L, H, layers, batch_first=True, bias=bias).to(dtype),
         nn.Linear(H, V, bias=bias).to(dtype),
-        nn.Linear(L, 2 * H, bias=bias).to(dtype) if start else None,
+        nn.Linear(L, 2 * layers * H, bias=bias).to(dtype) if start else None,
     )
 
 
@@ -49,7 +50,7 @@ def eager_logits(modules, tokens, z):
     state = None
     if initial_state is not None:
         h0, c0 = initial_state(z).chunk(2, -1)
-        state = (h0.unsqueeze(0), c0.unsqueeze(0))
+        state = (h0.view(lstm.num_layers, H), c0.view(lstm.num_layers, H))
     return output(lstm(inputs, state)[0])
 
 
@@ -62,10 +63,11 @@ def eager_nll(modules, tokens, z, lengths):
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("start", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_adopted_modules_give_the_same_nll_and_gradients_on_ragged_sentences(bias, start):
-    modules = user_modules(bias=bias, start=start)
+def test_adopted_modules_give_the_same_nll_and_gradients_on_ragged_sentences(bias, start, layers):
+    modules = user_modules(bias=bias, start=start, layers=layers)
     decoder = LSTMDecoder.from_modules(*modules, **SPECIAL)
     tokens = sentences()
     z, z_user = (torch.randn(5, L, dtype=torch.float64).requires_grad_() for _ in range(2))
@@ -81,12 +83,15 @@ def test_adopted_modules_give_the_same_nll_and_gradients_on_ragged_sentences(bia
     pairs = {
         "z": (z, z_user),
         "embedding": (decoder.embedding.weight, embedding.weight),
-        "weight_ih": (decoder.weight_ih, lstm.weight_ih_l0),
-        "weight_hh": (decoder.weight_hh, lstm.weight_hh_l0),
         "output": (decoder.output.weight, output.weight),
     }
+    for n in range(layers):
+        weight_ih, weight_hh, layer_bias = decoder.layer(n)
+        pairs[f"weight_ih {n}"] = (weight_ih, getattr(lstm, f"weight_ih_l{n}"))
+        pairs[f"weight_hh {n}"] = (weight_hh, getattr(lstm, f"weight_hh_l{n}"))
+        if bias:
+            pairs[f"bias {n}"] = (layer_bias, getattr(lstm, f"bias_ih_l{n}"))
     if bias:
-        pairs["bias"] = (decoder.bias, lstm.bias_ih_l0)
         pairs["output bias"] = (decoder.output.bias, output.bias)
     if start:
         pairs["initial_state"] = (decoder.initial_state.weight, initial_state.weight)
@@ -114,14 +119,17 @@ def test_logits_beyond_the_end_are_the_bias():
     assert torch.equal((logits == bias).all(-1), beyond)
 
 
-def test_modules_survive_the_way_there_and_back():
-    decoder = make_decoder()
+@pytest.mark.parametrize("settings", [{}, {"num_layers": 2, "layer_dropout": 0.25}])
+def test_modules_survive_the_way_there_and_back(settings):
+    decoder = make_decoder(**settings).eval()
     tokens, z = sentences(), torch.randn(5, L, dtype=torch.float64)
     modules = decoder.to_modules()
     torch.testing.assert_close(eager_nll(modules, tokens, z, LENGTHS), decoder(tokens, z, LENGTHS))
     assert modules.lstm.batch_first
     assert not modules.lstm.bias_hh_l0.any()
-    again = LSTMDecoder.from_modules(*modules, **SPECIAL).state_dict()
+    adopted = LSTMDecoder.from_modules(*modules, **SPECIAL)
+    assert adopted.layer_dropout == decoder.layer_dropout
+    again = adopted.state_dict()
     assert again.keys() == decoder.state_dict().keys()
     for name, value in decoder.state_dict().items():
         assert torch.equal(again[name], value), name
@@ -147,7 +155,7 @@ def test_adoption_copies_and_keeps_tying():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({1: nn.LSTM(E + L, H, num_layers=2)}, "num_layers"),
+        ({1: nn.LSTM(E + L, H, num_layers=2)}, r"initial_state: expected nn.Linear\(3, 28\)"),
         ({1: nn.LSTM(E + L, H, bidirectional=True)}, "bidirectional"),
         ({1: nn.LSTM(E + L, H, proj_size=2)}, "proj_size"),
         ({1: nn.LSTM(E - 1, H)}, "input_size"),
@@ -240,6 +248,50 @@ def test_dropout_is_inverted():
     torch.testing.assert_close(dropped[kept], whole[kept] / 0.75)
 
 
+@pytest.mark.parametrize("variational", [False, True])
+def test_dropout_between_layers_drops_what_the_next_layer_reads(variational, monkeypatch):
+    decoder = make_decoder(num_layers=2, layer_dropout=0.5, variational_dropout=variational)
+    tokens, z, read = sentences(torch.full((5,), 9)), torch.randn(5, L, dtype=torch.float64), []
+    layer = sys.modules["fastvae.nn.lstm"].lstm
+    monkeypatch.setattr(
+        "fastvae.nn.lstm.lstm", lambda inputs, *rest, **k: read.append(inputs) or layer(inputs, *rest, **k)
+    )
+    decoder(tokens, z)
+    decoder.eval()(tokens, z)
+    dropped, whole = read
+    kept = dropped != 0
+    torch.testing.assert_close(dropped, torch.where(kept, 2 * whole, 0))
+    assert 0.3 < kept.double().mean() < 0.7
+    assert (kept == kept[:, :1]).all() == variational
+    assert not torch.equal(kept[0], kept[1]), "a mask for each sentence"
+
+
+@pytest.mark.parametrize("variational", [False, True])
+def test_variational_dropout_before_the_vocabulary_product(variational):
+    decoder = make_decoder(dropout=0.5, variational_dropout=variational)
+    torch.nn.init.eye_(decoder.output.weight)
+    torch.nn.init.zeros_(decoder.output.bias)
+    logits = decoder.logits(sentences(torch.full((5,), 9)), torch.randn(5, L, dtype=torch.float64))
+    kept = logits[..., :H] != 0
+    assert 0.3 < kept.double().mean() < 0.7
+    assert (kept == kept[:, :1]).all() == variational
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_layers": 2}, {"word_dropout": 0.5}])
+def test_samples_of_a_sentence_are_scored_together(settings):
+    decoder = make_decoder(**settings)
+    tokens, z, seed = sentences(), torch.randn(4, 5, L, dtype=torch.float64), torch.tensor([3])
+    nll = decoder(tokens, z, LENGTHS, seed=seed)
+    assert nll.shape == (4, 5)
+    expected = torch.stack([decoder(tokens, sample, LENGTHS, seed=seed) for sample in z])
+    torch.testing.assert_close(nll, expected)
+    grads, wanted = (torch.autograd.grad(x.sum(), list(decoder.parameters())) for x in (nll, expected))
+    for (name, _), ours, theirs in zip(decoder.named_parameters(), grads, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+    logits = decoder.logits(tokens, z, LENGTHS, seed=seed)
+    torch.testing.assert_close(logits[2], decoder.logits(tokens, z[2], LENGTHS, seed=seed))
+
+
 def test_tied_weights_get_the_gradient_of_both_uses():
     torch.manual_seed(0)
     tied = LSTMDecoder(V, H, H, L, tie_weights=True, **SPECIAL).double()
@@ -298,6 +350,8 @@ def test_wrong_inputs_are_named(call, error, message):
         ({"word_dropout": 1.5}, "word_dropout"),
         ({"dropout": -0.1}, "dropout"),
         ({"eos_index": V}, "eos_index"),
+        ({"num_layers": 0}, "num_layers: expected at least 1, got 0"),
+        ({"layer_dropout": 2}, "layer_dropout"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):
@@ -305,9 +359,10 @@ def test_wrong_settings_are_named(settings, message):
         make_decoder(**settings)
 
 
-def test_decoder_compiles_into_one_graph():
-    decoder = make_decoder(dtype=torch.float32, word_dropout=0.5)
-    tokens, z, seed = sentences(), torch.randn(5, L), torch.tensor([3])
+@pytest.mark.parametrize(("settings", "samples"), [({}, ()), ({"num_layers": 2}, (3,))])
+def test_decoder_compiles_into_one_graph(settings, samples):
+    decoder = make_decoder(dtype=torch.float32, word_dropout=0.5, **settings)
+    tokens, z, seed = sentences(), torch.randn(*samples, 5, L), torch.tensor([3])
     compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
     expected = decoder(tokens, z, LENGTHS, seed=seed)
     torch.testing.assert_close(compiled(tokens, z, LENGTHS, seed=seed), expected)
@@ -338,28 +393,30 @@ def test_copies_give_the_same_numbers():
         assert torch.equal(copied(tokens, z, LENGTHS), decoder(tokens, z, LENGTHS))
 
 
-def test_encoder_is_the_last_state_of_an_lstm():
+@pytest.mark.parametrize("layers", [1, 2])
+def test_encoder_is_the_last_state_of_an_lstm(layers):
     torch.manual_seed(0)
-    encoder = LSTMEncoder(V, E, H, pad_index=0).double()
-    lstm = nn.LSTM(E, H, batch_first=True).double()
+    encoder = LSTMEncoder(V, E, H, num_layers=layers, pad_index=0).double()
+    lstm = nn.LSTM(E, H, layers, batch_first=True).double()
     with torch.no_grad():
-        lstm.weight_ih_l0.copy_(encoder.weight_ih)
-        lstm.weight_hh_l0.copy_(encoder.weight_hh)
-        lstm.bias_ih_l0.copy_(encoder.bias)
-        lstm.bias_hh_l0.zero_()
+        for n in range(layers):
+            for name, value in zip(("weight_ih", "weight_hh", "bias_ih"), encoder.layer(n), strict=True):
+                getattr(lstm, f"{name}_l{n}").copy_(value)
+            getattr(lstm, f"bias_hh_l{n}").zero_()
     tokens = sentences()
     packed = nn.utils.rnn.pack_padded_sequence(
         encoder.embedding(tokens), LENGTHS, batch_first=True, enforce_sorted=False
     )
-    expected = lstm(packed)[1][0][0]
+    expected = lstm(packed)[1][0][-1]
     torch.testing.assert_close(encoder(tokens, LENGTHS), expected)
     torch.testing.assert_close(encoder(tokens), expected)
     weights = torch.randn(5, H, dtype=torch.float64)
+    names = [f"{name}_l{n}" for n in range(layers) for name in ("weight_ih", "weight_hh", "bias_ih")]
     gradients = [
         torch.autograd.grad((out * weights).sum(), parameters)
         for out, parameters in (
-            (encoder(tokens), (encoder.weight_ih, encoder.weight_hh, encoder.bias)),
-            (expected, (lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0)),
+            (encoder(tokens), [p for n in range(layers) for p in encoder.layer(n)]),
+            (expected, [getattr(lstm, name) for name in names]),
         )
     ]
     for ours, theirs in zip(*gradients, strict=True):

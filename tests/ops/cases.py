@@ -17,6 +17,7 @@ from fastvae.functional import (
     gaussian_sample_kl,
     ista,
     linear_cross_entropy,
+    lstm,
     lstm_decode,
     top_k_decode,
     top_k_encode,
@@ -66,6 +67,12 @@ def _lstm_inputs(dtype, batch):
     return tensors | {"tokens": tokens, "lengths": lengths, "seed": torch.tensor([7])}
 
 
+def _dense_lstm_inputs(dtype, batch):
+    tensors = _lstm_inputs(dtype, batch)
+    inputs = torch.randn(batch, 6, 10, generator=torch.Generator().manual_seed(batch)).to(dtype)
+    return {"inputs": inputs} | {n: t for n, t in tensors.items() if n not in ("tokens", "z", "embedding", "seed")}
+
+
 def _top_k_encode_inputs(dtype, batch):
     random = torch.Generator().manual_seed(batch)
     shapes = {"x": (batch, 33), "weight": (257, 33), "bias": (257,)}
@@ -96,6 +103,7 @@ CASES = {
         lambda **tensors: (linear_cross_entropy(**tensors, reduction="none"),), _cross_entropy_inputs
     ),
     "lstm_decode": Case(lambda **tensors: lstm_decode(**tensors, word_dropout=0.4, unk_index=1), _lstm_inputs),
+    "lstm": Case(lambda **tensors: lstm(**tensors), _dense_lstm_inputs),
     "ista": Case(lambda **tensors: (ista(**tensors, step=0.05, max_iter=6),), _ista_inputs),
     "fista": Case(lambda **tensors: (fista(**tensors, step=0.05, max_iter=6),), _ista_inputs),
     "top_k_encode": Case(lambda **tensors: (top_k_encode(**tensors, k=5)[0],), _top_k_encode_inputs),
