@@ -471,7 +471,7 @@ def lstm(
     batch, time, features = inputs.shape
     words = torch.arange(batch * time, device=inputs.device).view(batch, time)
     rows = inputs.reshape(batch * time, features)
-    return _decode("inputs", words, None, h0, c0, rows, weight_ih, weight_hh, bias, lengths)
+    return _decode("inputs", words, None, h0, c0, rows, weight_ih, weight_hh, bias, lengths, word_dropout=0.0)
 
 
 def _decode(
@@ -486,7 +486,7 @@ def _decode(
     bias: Tensor | None,
     lengths: Tensor | None,
     *,
-    word_dropout: float = 0.0,
+    word_dropout: float,
     unk_index: int | None = None,
     generator: torch.Generator | None = None,
     seed: Tensor | None = None,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from cases import CASES, backward, leaves, results
 from torch.utils.checkpoint import checkpoint
 
