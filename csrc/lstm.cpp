@@ -33,10 +33,14 @@ void forward(const LSTMForward &f) {
     for (int64_t block = mine.first; block < mine.last; ++block) {
       T *to = packed_weight + block * H * 4 * W;
       const int64_t valid = min<int64_t>(W, H - block * W);
-      for (int64_t k = 0; k < H; ++k) {
-        for (int64_t gate = 0; gate < 4; ++gate, to += W) {
-          const T *from = weight + (gate * H + block * W) * H + k;
-          for (int64_t j = 0; j < W; ++j) to[j] = j < valid ? from[j * H] : T(0);
+      // Line by line of the weight: its rows may lie a power of two apart.
+      for (int64_t k = 0; k < H; k += W) {
+        const int64_t depth = min<int64_t>(W, H - k);
+        for (int64_t gate = 0; gate < 4; ++gate) {
+          for (int64_t j = 0; j < W; ++j) {
+            const T *from = weight + (gate * H + block * W + j) * H + k;
+            for (int64_t i = 0; i < depth; ++i) to[((k + i) * 4 + gate) * W + j] = j < valid ? from[i] : T(0);
+          }
         }
       }
     }
@@ -85,7 +89,8 @@ void forward(const LSTMForward &f) {
                 };
                 f.keep ? activate_block(gates + row * G + unit) : activate_block(nullptr);
               }
-            });
+            },
+            packed_weight + (block + 1 < part.blocks.last ? block + 1 : part.blocks.first) * H * 4 * W);
       }
       if (!part.by_sequence) barrier();
     }
@@ -179,12 +184,14 @@ void backward(const LSTMBackward &f) {
           valid == W ? differentiate(W) : differentiate(valid);
         };
         const int64_t products = part.ranks(flowing);
-        multiply_packed<T, kVectors>(products, G, next_gates, part.stride * G, packed_weight + block * G * W,
-                                     [&](int64_t first, int count, const T *product) {
-                                       for (int r = 0; r < count; ++r, product += W) {
-                                         step(part.rank + (first + r) * part.stride, product);
-                                       }
-                                     });
+        multiply_packed<T, kVectors>(
+            products, G, next_gates, part.stride * G, packed_weight + block * G * W,
+            [&](int64_t first, int count, const T *product) {
+              for (int r = 0; r < count; ++r, product += W) {
+                step(part.rank + (first + r) * part.stride, product);
+              }
+            },
+            packed_weight + (block + 1 < part.blocks.last ? block + 1 : part.blocks.first) * G * W);
         for (int64_t i = products; i < part.ranks(active); ++i) step(part.rank + i * part.stride, nullptr);
       }
       if (!part.by_sequence) barrier();

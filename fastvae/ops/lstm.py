@@ -282,7 +282,7 @@ def _cpu_backward(
 
 def _packed_weight(weight: Tensor) -> Tensor:
     # Scratch for the core's own layout: hidden units in whole tiles, at most 32 wide.
-    return weight.new_empty(weight.shape[0] * (-(-weight.shape[1] // 32) * 32))
+    return large(weight.new_empty(weight.shape[0] * (-(-weight.shape[1] // 32) * 32)))
 
 
 # -------------------------------------------------------------------------------------------- Triton on CUDA
