@@ -1,4 +1,4 @@
-"""LSTM decoding: the recurrence alone, and the whole step of a sentence decoder down to its loss."""
+"""LSTM decoding: the recurrence alone, the whole step of a sentence decoder down to its loss, and scoring."""
 
 import copy
 import functools
@@ -10,25 +10,28 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from bench.interleave import OURS, Case, assert_close
-from fastvae.functional import lstm_decode
+from fastvae.functional import lstm
 from fastvae.nn import LSTMDecoder
 from fastvae.ops.lstm import dropped_tokens
 from fastvae.ops.random import draw_seed
 
-BATCH, TIME, VOCABULARY, EMBED, HIDDEN, LATENT = 32, 30, 10_000, 256, 256, 32
+BATCH, TIME, VOCABULARY, LATENT, SAMPLES = 32, 30, 10_000, 32, 100
 WORD_DROPOUT = 0.25
 PAD, UNK, BOS, EOS = range(4)
+# Words of a sentence, </s> counted, at 32 even quantiles of the Penn Treebank's training set; shuffled below.
+TREEBANK = [4, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 18, 19, 20, 21, 22, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 33,
+            35, 37, 40, 47]  # fmt: skip
 
 
 class EagerDecoder(nn.Module):
     """What a user writes: embedding, word dropout, z beside each embedding, nn.LSTM, output, cross-entropy."""
 
-    def __init__(self) -> None:
+    def __init__(self, embed: int, hidden: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, EMBED)
-        self.lstm = nn.LSTM(EMBED + LATENT, HIDDEN, batch_first=True)
-        self.output = nn.Linear(HIDDEN, VOCABULARY)
-        self.initial_state = nn.Linear(LATENT, 2 * HIDDEN)
+        self.embedding = nn.Embedding(VOCABULARY, embed)
+        self.lstm = nn.LSTM(embed + LATENT, hidden, batch_first=True)
+        self.output = nn.Linear(hidden, VOCABULARY)
+        self.initial_state = nn.Linear(LATENT, 2 * hidden)
 
     def forward(self, tokens: Tensor, z: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the mean loss a target and the words read; `lengths`, given, packs the sequences."""
@@ -49,36 +52,47 @@ class EagerDecoder(nn.Module):
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.output(hidden).flatten(0, 1), targets.flatten(), ignore_index=PAD)
 
+    def score(self, tokens: Tensor, z: Tensor) -> Tensor:
+        """Return the negative log-likelihood of each sentence, for each sample of z (samples, batch, latent)."""
+        tokens = tokens.repeat(z.shape[0], 1)
+        logits = self.output(self.states(tokens[:, :-1], z.flatten(0, 1)))
+        losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        return losses.sum(1).view(z.shape[:2])
+
 
 def cases() -> Iterator[Case]:
     torch._dynamo.config.allow_rnn = True  # else Dynamo breaks the graph at nn.LSTM
-    torch.manual_seed(0)
-    modules = EagerDecoder()
-    for backward in (False, True):
-        yield _recurrence(modules, backward)
-    for ragged in (False, True):
+    for embed, hidden in ((256, 256), (512, 1024)):
+        torch.manual_seed(0)
+        modules = EagerDecoder(embed, hidden)
         for backward in (False, True):
-            yield _step(modules, ragged, backward)
+            yield _recurrence(modules, backward)
+        full, treebank = torch.full((BATCH,), TIME), torch.tensor(TREEBANK)[torch.randperm(BATCH)]
+        for lengths in (full, treebank) if hidden == 256 else (full,):
+            for backward in (False, True):
+                yield _step(modules, lengths, backward)
+        if hidden == 256:
+            yield _scoring(modules)
 
 
 def _recurrence(modules: EagerDecoder, backward: bool) -> Case:
-    generator = torch.Generator().manual_seed(1)
-    words = torch.randint(EOS + 1, VOCABULARY, (BATCH, TIME), generator=generator)
-    z = torch.randn(BATCH, LATENT, generator=generator).requires_grad_()
-    grad_hidden = torch.randn(BATCH, TIME, HIDDEN, generator=generator)
-    lstm, embedding = modules.lstm, modules.embedding.weight
-    leaves = [z, embedding, lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, *modules.initial_state.parameters()]
+    generator, layer = (
+        torch.Generator().manual_seed(1),
+        nn.LSTM(modules.lstm.input_size - LATENT, modules.lstm.hidden_size, batch_first=True),
+    )
+    embed, hidden = layer.input_size, layer.hidden_size
+    inputs = torch.randn(BATCH, TIME, embed, generator=generator).requires_grad_()
+    grad_hidden = torch.randn(BATCH, TIME, hidden, generator=generator)
+    zeros = torch.zeros(BATCH, hidden)
 
-    def ours() -> Tensor:
-        h0, c0 = modules.initial_state(z).chunk(2, -1)
-        bias = lstm.bias_ih_l0 + lstm.bias_hh_l0
-        return lstm_decode(words, z, h0, c0, embedding, lstm.weight_ih_l0, lstm.weight_hh_l0, bias)[0]
+    def parameters(layer: nn.LSTM) -> list[Tensor]:
+        return [layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0]
 
-    compiled = torch.compile(modules.states, fullgraph=True, dynamic=False)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False)
     functions: dict[str, Callable[[], Tensor]] = {
-        OURS: ours,
-        "eager": lambda: modules.states(words, z),
-        "torch.compile": lambda: compiled(words, z),
+        OURS: lambda: lstm(inputs, zeros, zeros, *parameters(layer)[:2], layer.bias_ih_l0 + layer.bias_hh_l0)[0],
+        "eager": lambda: layer(inputs)[0],
+        "torch.compile": lambda: compiled(inputs)[0],
     }
 
     def forward(function: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
@@ -90,8 +104,8 @@ def _recurrence(modules: EagerDecoder, backward: bool) -> Case:
 
     def both(function: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         def call() -> tuple[Tensor, ...]:
-            hidden = function()
-            return hidden, *torch.autograd.grad(hidden, leaves, grad_hidden)
+            states = function()
+            return states, *torch.autograd.grad(states, [inputs, *parameters(layer)], grad_hidden)
 
         return call
 
@@ -99,15 +113,11 @@ def _recurrence(modules: EagerDecoder, backward: bool) -> Case:
 
     @functools.cache
     def expected() -> list[Tensor]:
-        exact, exact_z = copy.deepcopy(modules).double(), z.detach().double().requires_grad_()
-        hidden = exact.states(words, exact_z)
+        exact, exact_inputs = copy.deepcopy(layer).double(), inputs.detach().double().requires_grad_()
+        states = exact(exact_inputs)[0]
         if not backward:
-            return [hidden.detach()]
-        exact_leaves = [
-            exact_z, exact.embedding.weight, exact.lstm.weight_ih_l0, exact.lstm.weight_hh_l0,
-            exact.lstm.bias_ih_l0, *exact.initial_state.parameters(),
-        ]  # fmt: skip
-        return [hidden.detach(), *torch.autograd.grad(hidden, exact_leaves, grad_hidden.double())]
+            return [states.detach()]
+        return [states.detach(), *torch.autograd.grad(states, [exact_inputs, *parameters(exact)], grad_hidden.double())]
 
     def check(name: str) -> None:
         for i, (got, wanted) in enumerate(zip(contenders[name](), expected(), strict=True)):
@@ -115,25 +125,19 @@ def _recurrence(modules: EagerDecoder, backward: bool) -> Case:
 
     return Case(
         "lstm",
-        f"recurrence, batch {BATCH}, {TIME} steps, hidden {HIDDEN}",
+        f"recurrence, batch {BATCH}, {TIME} steps, hidden {hidden}",
         "forward+backward" if backward else "forward",
         contenders,
         check,
-        flops=_recurrence_flops(BATCH * TIME) * (3 if backward else 1),
-        bytes=4.0 * sum(leaf.numel() for leaf in leaves) * (2 if backward else 1),
+        flops=8.0 * BATCH * TIME * hidden * (embed + hidden) * (3 if backward else 1),
+        bytes=16.0 * hidden * (embed + hidden) * (2 if backward else 1),
     )
 
 
-def _step(modules: EagerDecoder, ragged: bool, backward: bool) -> Case:
+def _step(modules: EagerDecoder, words: Tensor, backward: bool) -> Case:
     generator = torch.Generator().manual_seed(2)
-    tokens = torch.randint(EOS + 1, VOCABULARY, (BATCH, TIME + 1), generator=generator)
-    lengths = torch.full((BATCH,), TIME + 1)
-    if ragged:
-        lengths = torch.randint(6, TIME + 2, (BATCH,), generator=generator)
-        lengths[0] = TIME + 1
-    positions = torch.arange(TIME + 1)
-    tokens = tokens.masked_fill(positions == 0, BOS).masked_fill(positions == lengths[:, None] - 1, EOS)
-    tokens = tokens.masked_fill(positions >= lengths[:, None], PAD)
+    ragged, lengths, hidden = bool((words != TIME).any()), words + 1, modules.lstm.hidden_size
+    tokens = _sentences(lengths, generator)
     z = torch.randn(BATCH, LATENT, generator=generator).requires_grad_()
     predicted = int((lengths - 1).sum())
 
@@ -191,17 +195,60 @@ def _step(modules: EagerDecoder, ragged: bool, backward: bool) -> Case:
     parameters = sum(p.numel() for p in modules.parameters())
     return Case(
         "lstm",
-        f"decoding step, batch {BATCH}, {'5 to ' if ragged else ''}{TIME} words, vocabulary {VOCABULARY:,}",
+        f"decoding step, batch {BATCH}, {'lengths of the Penn Treebank' if ragged else f'{TIME} words'}, "
+        f"hidden {hidden}, vocabulary {VOCABULARY:,}",
         "forward+backward" if backward else "forward",
         contenders,
         check,
-        flops=(_recurrence_flops(predicted) + 2.0 * predicted * HIDDEN * VOCABULARY) * (3 if backward else 1),
+        flops=_flops(modules, predicted, predicted, BATCH) * (3 if backward else 1),
         bytes=4.0 * parameters * (2 if backward else 1),
     )
 
 
-def _recurrence_flops(tokens: int) -> float:
-    return 2.0 * 4 * HIDDEN * (tokens * (EMBED + HIDDEN) + BATCH * LATENT) + 2.0 * BATCH * LATENT * 2 * HIDDEN
+def _scoring(modules: EagerDecoder) -> Case:
+    generator = torch.Generator().manual_seed(3)
+    tokens = _sentences(torch.tensor([23]), generator)
+    z = torch.randn(SAMPLES, 1, LATENT, generator=generator)
+    decoder = LSTMDecoder.from_modules(modules.embedding, modules.lstm, modules.output, modules.initial_state)
+    decoder.eval()
+    compiled = torch.compile(modules.score, fullgraph=True, dynamic=False)
+    functions: dict[str, Callable[[], Tensor]] = {
+        OURS: lambda: decoder(tokens, z),
+        "eager": lambda: modules.score(tokens, z),
+        "torch.compile": lambda: compiled(tokens, z),
+    }
+    contenders = {name: torch.no_grad()(function) for name, function in functions.items()}
+
+    def check(name: str) -> None:
+        exact = copy.deepcopy(modules).double()
+        assert_close(name, "score", contenders[name](), exact.score(tokens, z.double()).detach())
+
+    read = tokens.shape[1] - 1
+    return Case(
+        "lstm",
+        f"scoring, one sentence of {read} words, {SAMPLES} samples, hidden {modules.lstm.hidden_size}, "
+        f"vocabulary {VOCABULARY:,}",
+        "forward",
+        contenders,
+        check,
+        flops=_flops(modules, read, SAMPLES * read, SAMPLES),
+        bytes=4.0 * sum(p.numel() for p in modules.parameters()),
+    )
+
+
+def _sentences(lengths: Tensor, generator: torch.Generator) -> Tensor:
+    """Return <s> words </s>, padded, of the given lengths, both ends counted."""
+    shape = (len(lengths), int(lengths.max()))
+    tokens, positions = torch.randint(EOS + 1, VOCABULARY, shape, generator=generator), torch.arange(shape[1])
+    tokens = tokens.masked_fill(positions == 0, BOS).masked_fill(positions == lengths[:, None] - 1, EOS)
+    return tokens.masked_fill(positions >= lengths[:, None], PAD)
+
+
+def _flops(modules: EagerDecoder, read: int, predicted: int, latents: int) -> float:
+    """Forward, for so many words read and predicted."""
+    hidden, embed = modules.lstm.hidden_size, modules.lstm.input_size - LATENT
+    gates = 8.0 * hidden * (read * embed + predicted * hidden + latents * LATENT)
+    return gates + 4.0 * latents * LATENT * hidden + 2.0 * predicted * hidden * VOCABULARY
 
 
 def _check_step(
