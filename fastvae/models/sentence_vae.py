@@ -48,8 +48,11 @@ class SentenceVAE(nn.Module):
         embed_dim: size of the token embeddings.
         hidden_size: size of the encoder's and the decoder's state.
         latent_dim: size of z, at least 1.
+        num_layers: LSTM layers of the encoder and of the decoder each.
         word_dropout: share of the decoder's input words replaced by `<unk>` in training.
         dropout: share of the encoder's final state and of the decoder's states dropped in training.
+        layer_dropout: share of the states dropped in training on the way from layer to layer.
+        variational_dropout: drop the same entries of the states at all steps of a sentence.
         tie_weights: the decoder's output layer uses its embedding; needs `embed_dim == hidden_size`.
         share_embedding: encoder and decoder use the same embedding.
         pad_index, bos_index, eos_index, unk_index: special tokens, by default as `fastvae.data.Vocabulary`.
@@ -64,8 +67,11 @@ class SentenceVAE(nn.Module):
         embed_dim: int = 256,
         hidden_size: int = 256,
         latent_dim: int = 32,
+        num_layers: int = 1,
         word_dropout: float = 0.0,
         dropout: float = 0.0,
+        layer_dropout: float = 0.0,
+        variational_dropout: bool = False,
         tie_weights: bool = False,
         share_embedding: bool = False,
         pad_index: int = 0,
@@ -79,8 +85,11 @@ class SentenceVAE(nn.Module):
             "embed_dim": embed_dim,
             "hidden_size": hidden_size,
             "latent_dim": latent_dim,
+            "num_layers": num_layers,
             "word_dropout": word_dropout,
             "dropout": dropout,
+            "layer_dropout": layer_dropout,
+            "variational_dropout": variational_dropout,
             "tie_weights": tie_weights,
             "share_embedding": share_embedding,
             "pad_index": pad_index,
@@ -95,8 +104,11 @@ class SentenceVAE(nn.Module):
             embed_dim,
             hidden_size,
             latent_dim,
+            num_layers=num_layers,
             word_dropout=word_dropout,
             dropout=dropout,
+            layer_dropout=layer_dropout,
+            variational_dropout=variational_dropout,
             tie_weights=tie_weights,
             pad_index=pad_index,
             bos_index=bos_index,
@@ -107,7 +119,10 @@ class SentenceVAE(nn.Module):
             vocab_size,
             embed_dim,
             hidden_size,
+            num_layers=num_layers,
             dropout=dropout,
+            layer_dropout=layer_dropout,
+            variational_dropout=variational_dropout,
             pad_index=pad_index,
             embedding=self.decoder.embedding if share_embedding else None,
         )

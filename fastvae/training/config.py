@@ -17,7 +17,7 @@ LR_SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
 _AT_LEAST = {
     0: "max_length workers max_tokens max_minutes kl_start kl_weight kl_steps free_bits patience seed checkpoint_every",
-    1: "min_count embed_dim hidden_size latent_dim batch_size epochs devices log_every",
+    1: "min_count embed_dim hidden_size latent_dim num_layers batch_size epochs devices log_every",
     5: "vocab_size",
 }
 
@@ -35,7 +35,9 @@ class TrainConfig:
         streaming: read the training file sentence by sentence instead of holding it in memory.
         workers: processes that prepare batches; 0 prepares them in the training process.
         embed_dim, hidden_size, latent_dim: sizes of the word embeddings, the LSTM states and z.
+        num_layers: LSTM layers of the encoder and of the decoder each.
         word_dropout: probability that the decoder sees <unk> instead of a word. dropout: of the states.
+        layer_dropout: of the states between layers. variational_dropout: drop alike at all steps of a sentence.
         tie_weights: the output layer uses the decoder's embedding (embed_dim must equal hidden_size).
         share_embedding: encoder and decoder use the same embedding.
         batch_size: sentences a step. max_tokens: tokens a step instead of a fixed batch_size; 0 means unused.
@@ -64,8 +66,11 @@ class TrainConfig:
     embed_dim: int = 256
     hidden_size: int = 256
     latent_dim: int = 32
+    num_layers: int = 1
     word_dropout: float = 0.0
     dropout: float = 0.0
+    layer_dropout: float = 0.0
+    variational_dropout: bool = False
     tie_weights: bool = False
     share_embedding: bool = False
     batch_size: int = 32
@@ -93,7 +98,7 @@ class TrainConfig:
             for name in names.split():
                 if not getattr(self, name) >= smallest:  # not <, which lets NaN pass
                     raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
-        for name in ("word_dropout", "dropout"):
+        for name in ("word_dropout", "dropout", "layer_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         for name in ("lr", "clip"):

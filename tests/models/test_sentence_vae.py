@@ -104,7 +104,9 @@ def test_word_dropout_and_noise_use_different_random_numbers():
     assert seeds["head"] != seeds["decoder"]
 
 
-@pytest.mark.parametrize("settings", [{}, {"share_embedding": True}, {"tie_weights": True, "embed_dim": 8}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"share_embedding": True}, {"tie_weights": True, "embed_dim": 8}, {"num_layers": 2}]
+)
 def test_every_parameter_gets_a_gradient(settings):
     model = make_model(**settings)
     model(sentences()).loss.backward()
@@ -122,7 +124,7 @@ def test_shared_embedding_is_one_parameter():
 
 
 def test_config_rebuilds_the_model():
-    model = make_model(word_dropout=0.2, dropout=0.1, tie_weights=True, embed_dim=8, share_embedding=True)
+    model = make_model(word_dropout=0.2, dropout=0.1, tie_weights=True, embed_dim=8, share_embedding=True, num_layers=2)
     again = SentenceVAE(**pickle.loads(pickle.dumps(model.config)))
     again.load_state_dict(model.state_dict())
     tokens = sentences()
