@@ -7,10 +7,10 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*)
-CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
+CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/csrc/*.cpp tests/csrc/*.h)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test slow bench format clean
+.PHONY: demo test slow sanitize bench format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -25,6 +25,10 @@ test: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+# Every C++ entry point under the compiler's sanitizers; FUZZ='--seconds 600 --seed 1000' looks longer, elsewhere.
+sanitize: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow tests/csrc
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench
