@@ -1,4 +1,4 @@
-"""The `fastvae` command: demo, train, evaluate, sample, reconstruct, interpolate, dictionary, info.
+"""The `fastvae` command: demo, train, evaluate, sample, reconstruct, interpolate, export, dictionary, info.
 
 Only what a command needs is imported, inside it: `fastvae info` runs on torch and numpy alone.
 """
@@ -88,6 +88,8 @@ _PACKAGES = {  # module: package, and the extra that brings it
     "PIL": ("pillow", "train"),
     "yaml": ("pyyaml", "train"),
     "sklearn": ("scikit-learn", "estimators"),
+    "onnx": ("onnx", "export"),
+    "onnxscript": ("onnxscript", "export"),
 }
 
 
@@ -176,6 +178,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         add("reconstruct", _reconstruct, "write sentences again from their latent vector", _RECONSTRUCT_HELP)
     )
     _add_interpolate(add("interpolate", _interpolate, "write sentences between two sentences", _INTERPOLATE_HELP))
+    _add_export(add("export", _export, "write a trained decoder as ONNX models", _EXPORT_HELP))
     _add_dictionary(add("dictionary", _dictionary, "learn a dictionary for sparse coding", _DICTIONARY_HELP))
     add("info", _info, "show versions, and what computes each operation here", _INFO_HELP)
     return parser, commands
@@ -431,6 +434,37 @@ def _interpolate(arguments: argparse.Namespace) -> int:
         **_decoding(arguments),
     ):
         print(sentence)
+    return 0
+
+
+# export
+
+_EXPORT_HELP = """\
+examples:
+  fastvae export run
+  fastvae export run --out server/models
+
+Writes start.onnx (z to static_gates, h, c), step.onnx (tokens, static_gates, h, c to log_probs, next_h, next_c)
+and vocabulary.txt, whose line n is word n, counted from 0. A server calls the start once and the step for each
+token, with <s> first; the greedy choice is the argmax of log_probs, in nats. The batch may have any size.
+"""
+
+
+def _add_export(parser: _Parser) -> None:
+    _add_run(parser)
+    parser.add_argument("--out", metavar="FOLDER", help="[RUN/onnx]")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fastvae.nn import export_onnx
+
+    model, vocabulary, _ = _load(arguments)
+    folder = Path(arguments.out) if arguments.out else Path(arguments.folder) / "onnx"
+    paths = export_onnx(model.decoder, folder)
+    vocabulary.save(folder / "vocabulary.txt")
+    print(f"written to {', '.join(map(str, paths))} and {folder / 'vocabulary.txt'}")
     return 0
 
 

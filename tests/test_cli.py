@@ -68,7 +68,7 @@ def fails(capsys, *argv):
     return line
 
 
-COMMANDS = ["demo", "train", "evaluate", "sample", "reconstruct", "interpolate", "dictionary", "info"]
+COMMANDS = ["demo", "train", "evaluate", "sample", "reconstruct", "interpolate", "export", "dictionary", "info"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -202,6 +202,21 @@ def test_interpolate_begins_and_ends_at_the_reconstructions(run_folder, capsys):
     assert len(between) == 4
     assert [between[0], between[-1]] == reconstructions
     assert "steps" in fails(capsys, "interpolate", str(run_folder), *ends, "--steps", "1")
+
+
+def test_export_writes_models_and_their_words(run_folder, capsys, monkeypatch):
+    pytest.importorskip("onnxscript")
+    assert main(["export", str(run_folder)]) == 0
+    folder = run_folder / "onnx"
+    assert sorted(path.name for path in folder.iterdir()) == ["start.onnx", "step.onnx", "vocabulary.txt"]
+    assert (folder / "vocabulary.txt").read_text() == (run_folder / "vocabulary.txt").read_text()
+    shown = capsys.readouterr()
+    assert all(str(path) in shown.out for path in folder.iterdir())
+    assert shown.err == ""
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert "needs onnxscript, which is not installed: pip install 'fastvae[export]'" in fails(
+        capsys, "export", str(run_folder), "--out", str(run_folder / "other")
+    )
 
 
 def test_evaluate_prints_and_writes_json(run_folder, capsys, tmp_path, text_file):

@@ -1,5 +1,6 @@
 """Drop-in `torch.nn` layers over the fused ops of `fastvae.functional`."""
 
+from fastvae.nn.export import DecoderStart, DecoderStep, ExportedDecoder, export_decoder, export_onnx
 from fastvae.nn.gaussian import GaussianHead, GaussianPosterior
 from fastvae.nn.lstm import DecoderModules, LSTMDecoder, LSTMEncoder
 from fastvae.nn.sparse import LISTA, SparseAutoEncoder, SparseAutoEncoderOutput, SparseCoding
@@ -7,6 +8,9 @@ from fastvae.nn.sparse import LISTA, SparseAutoEncoder, SparseAutoEncoderOutput,
 __all__ = [
     "LISTA",
     "DecoderModules",
+    "DecoderStart",
+    "DecoderStep",
+    "ExportedDecoder",
     "GaussianHead",
     "GaussianPosterior",
     "LSTMDecoder",
@@ -14,4 +18,6 @@ __all__ = [
     "SparseAutoEncoder",
     "SparseAutoEncoderOutput",
     "SparseCoding",
+    "export_decoder",
+    "export_onnx",
 ]
