@@ -1,6 +1,7 @@
 """The backends as a whole: instruction sets, a missing core, what an import loads, what `describe` tells."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,44 @@ def test_instruction_sets_agree_with_the_reference(isa, without_core, tmp_path):
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     assert_agrees(torch.load(tmp_path / "ours.pt"), without_core[0])
+
+
+SOLVE = """
+import sys
+import torch
+from fastvae.functional import dictionary_update, sparse_encode
+results = []
+for dtype, tol in ((torch.float32, 3e-6), (torch.float64, 1e-12)):
+    random = torch.Generator().manual_seed(0)
+    dictionary = torch.nn.functional.normalize(torch.randn(57, 33, generator=random)).to(dtype).requires_grad_()
+    x = torch.nn.functional.normalize(torch.randn(40, 33, generator=random)).to(dtype)
+    codes = sparse_encode(x, dictionary, 0.15, tol=tol)
+    (codes ** 3).sum().backward()
+    codes = codes.detach()
+    renewed = dictionary_update(dictionary.detach(), codes.T @ codes, codes.T @ x)
+    results.append((codes, dictionary.grad, renewed))
+torch.save(results, sys.argv[1])
+"""
+
+
+def test_instruction_sets_solve_alike(tmp_path):
+    """Solvers agree with the reference's other method to their tolerance, not to rounding."""
+    solved = {}
+    for isa in (None, *needs_core().isas()):
+        path = tmp_path / f"{isa}.pt"
+        process = python("-W", "ignore", "-c", SOLVE if isa else WITHOUT_CORE + SOLVE, str(path), isa=isa)
+        assert process.returncode == 0, process.stderr
+        solved[isa] = torch.load(path)
+    for isa in needs_core().isas():
+        for ours, reference, tolerance in zip(solved[isa], solved[None], (3e-4, 1e-9), strict=True):
+            for mine, theirs in zip(ours, reference, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance, msg=lambda m, i=isa: f"{i}: {m}")
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one instruction set elsewhere")
+def test_every_instruction_set_is_in_the_build():
+    binary = Path(needs_core().__file__).read_bytes()
+    assert all(f"{isa}\0".encode() in binary for isa in ("baseline", "avx2", "avx512"))
 
 
 def test_instruction_set_by_default_is_the_best():
