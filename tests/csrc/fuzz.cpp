@@ -189,8 +189,10 @@ using Results = std::vector<Result>;
 
 struct Case {
   Random random;
-  bool wild = random.one_in(5);  // infinities, NaN, numbers without measure among the inputs
-  std::string only_isa;
+  bool wild;             // infinities, NaN, numbers without measure among the inputs
+  std::string only_isa;  // or empty, for all
+
+  Case(uint64_t seed, const std::string &isa) : random{seed}, wild(random.one_in(5)), only_isa(isa) {}
 
   Array reals(Kind kind, int64_t count, double low, double high) {
     static const double odd[] = {HUGE_VAL, -HUGE_VAL, 1e30, -1e30, 1e-42, -0.0, 88.5, -104, std::nan("")};
@@ -212,7 +214,16 @@ struct Case {
   }
   Kind float_or_double() { return random.one_in(2) ? kF32 : kF64; }
 
-  void describe(const std::string &sizes) { current += " " + sizes + (wild ? " wild" : ""); }
+  // Tells the sizes, whose names are the words of `names`.
+  template <typename... Sizes>
+  void describe(const char *names, Sizes... sizes) {
+    for (const double size : {double(sizes)...}) {
+      const int length = int(std::strcspn(names, " "));
+      current += text(" %.*s %g", length, names, size);
+      names += length + (names[length] == ' ');
+    }
+    if (wild) current += " wild";
+  }
   // Calls `call` on each instruction set, with one thread first, which the others must agree with.
   void run(const std::function<void(const Kernels &, int threads, Results &)> &call);
 };
@@ -283,8 +294,7 @@ void fuzz_gaussian(Case &c) {
   const int prior = int(r.below(3));
   const int64_t prior_rows = prior == 0 ? 0 : prior == 1 || rows == 1 ? 1 : rows;
   const bool sum_latent = r.one_in(2), has_grad_z = !r.one_in(4), has_grad_kl = !r.one_in(4);
-  c.describe(text("dtype %d samples %lld rows %lld latent %lld prior_rows %lld sum %d", kind, (long long)samples,
-                  (long long)rows, (long long)latent, (long long)prior_rows, sum_latent));
+  c.describe("dtype samples rows latent prior_rows sum", kind, samples, rows, latent, prior_rows, sum_latent);
   const Array mean = c.reals(kind, size, -3, 3), log_var = c.reals(kind, size, -4, 2), seed = c.seed();
   const Array prior_mean = c.reals(compute, prior_rows * latent, -2, 2);
   const Array prior_log_var = c.reals(compute, prior_rows * latent, -2, 2);
@@ -325,8 +335,8 @@ void fuzz_cross_entropy(Case &c) {
   const int64_t rows = large ? r.between(16384, 70000) / vocabulary : r.size(40);
   const bool gradient = r.one_in(2), known = gradient && r.one_in(2);
   const bool has_bias = r.one_in(2), has_scale = r.one_in(2), has_grad_bias = gradient && r.one_in(2);
-  c.describe(text("dtype %d rows %lld vocabulary %lld gradient %d known_lse %d bias %d scale %d grad_bias %d", kind,
-                  (long long)rows, (long long)vocabulary, gradient, known, has_bias, has_scale, has_grad_bias));
+  c.describe("dtype rows vocabulary gradient known_lse bias scale grad_bias", kind, rows, vocabulary, gradient, known,
+             has_bias, has_scale, has_grad_bias);
   const Array logits = c.reals(kind, rows * vocabulary, -9, 9), bias = c.reals(kind, has_bias ? vocabulary : 0, -1, 1);
   const Array target = c.integers(rows, 0, vocabulary - 1), scale = c.reals(kind, has_scale ? rows : 0, 0, 2);
   const Array known_lse = c.reals(kind, rows, 9, 20);
@@ -397,8 +407,8 @@ void fuzz_pack_words(Case &c) {
   for (int64_t i = 0; i < longest; ++i) {
     b.tokens.integers()[r.below(batch * time)] = r.one_in(2) ? b.vocabulary : -1 - int64_t(r.next() >> 1);
   }
-  c.describe(text("batch %lld time %lld vocabulary %lld word_dropout %g wrong length at %lld", (long long)batch,
-                  (long long)time, (long long)b.vocabulary, b.word_dropout, (long long)wrong_length));
+  c.describe("batch time vocabulary word_dropout wrong_length_at", batch, time, b.vocabulary, b.word_dropout,
+             wrong_length);
   const int64_t *lengths = b.lengths.integers(), *tokens = b.tokens.integers();
   int64_t total = 0, wrong_token = -1;
   for (int64_t i = 0; wrong_length < 0 && i < batch * time; ++i) {
@@ -434,18 +444,28 @@ void fuzz_pack_words(Case &c) {
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// Sizes of a recurrence: in large cases more than one thread share out the sequences, or the hidden units.
+struct Recurrence {
+  Kind kind;
+  int64_t samples, batch, time, hidden, sequences;
+
+  explicit Recurrence(Case &c) {
+    Random &r = c.random;
+    const int64_t shape = r.below(4);
+    kind = c.float_or_double(), samples = r.one_in(2) ? 1 : r.between(0, 5);
+    batch = shape == 0 ? r.between(24, 50) : r.size(20), time = shape < 2 ? r.size(9) : r.size(20);
+    hidden = shape == 0 ? r.between(40, 60) : shape == 1 ? r.between(64, 150) : r.size(40);
+    sequences = samples * batch;
+    c.describe("dtype batch samples time hidden", kind, batch, samples, time, hidden);
+  }
+};
+
 void fuzz_lstm(Case &c) {
-  Random &r = c.random;
-  const Kind kind = c.float_or_double();
-  // Large cases have more than one thread share out the sequences, or the hidden units.
-  const int64_t shape = r.below(4), samples = r.one_in(2) ? 1 : r.between(0, 5);
-  const int64_t batch = shape == 0 ? r.between(24, 50) : r.size(20), time = shape < 2 ? r.size(9) : r.size(20);
-  const int64_t H = shape == 0 ? r.between(40, 60) : shape == 1 ? r.between(64, 150) : r.size(40), G = 4 * H;
-  const int64_t sequences = samples * batch;
+  const Recurrence s(c);
+  const Kind kind = s.kind;
+  const int64_t samples = s.samples, batch = s.batch, time = s.time, H = s.hidden, G = 4 * H, sequences = s.sequences;
   Batch b(c, batch, time);
   b.word_dropout = 0;
-  c.describe(text("dtype %d batch %lld samples %lld time %lld hidden %lld", kind, (long long)batch, (long long)samples,
-                  (long long)time, (long long)H));
   const double bound = 1 / std::sqrt(double(H) + 1);
   const Array inputs = c.reals(kind, batch * time * G, -1, 1), static_gates = c.reals(kind, sequences * G, -1, 1);
   const Array h0 = c.reals(kind, sequences * H, -1, 1), c0 = c.reals(kind, sequences * H, -1, 1);
@@ -555,11 +575,8 @@ void fuzz_sparse(Case &c) {
   const double l2 = r.one_in(2) ? 0 : r.real(0, 0.5);
   const int64_t capacity = r.one_in(2) ? p.atoms : r.between(1, p.atoms), max_iter = r.one_in(4) ? r.below(5) : 300;
   const int64_t workspaces = r.between(1, 4);
-  c.describe(
-      text("dtype %d samples %lld atoms %lld features %lld capacity %lld max_iter %lld positive %d l2 %g weights "
-           "%d init %d workspaces %lld",
-           p.kind, (long long)p.samples, (long long)p.atoms, (long long)p.features, (long long)capacity,
-           (long long)max_iter, positive, l2, has_weights, has_init, (long long)workspaces));
+  c.describe("dtype samples atoms features capacity max_iter positive l2 weights init workspaces", p.kind, p.samples,
+             p.atoms, p.features, capacity, max_iter, positive, l2, has_weights, has_init, workspaces);
   const Array l1 = c.reals(p.kind, p.samples, 0.01, 0.5);
   Array weights = c.reals(p.kind, has_weights ? round_up(p.atoms, 16) : 0, 0.5, 2);
   for (int64_t i = p.atoms; i < weights.count; ++i) weights.set(i, 1);
@@ -632,9 +649,8 @@ void fuzz_ista(Case &c) {
   const Array init = r.one_in(2) ? p.sparse_codes(c, 0.5, false) : Array(p.kind, 0);
   ista.matrix = ista.use_gram ? p.gram : p.dictionary, ista.target = ista.use_gram ? p.products : p.x;
   ista.l1 = l1, ista.init = init;
-  c.describe(text("dtype %d samples %lld atoms %lld features %lld gram %d max_iter %lld init %d workspaces %lld",
-                  p.kind, (long long)p.samples, (long long)p.atoms, (long long)p.features, ista.use_gram,
-                  (long long)ista.max_iter, init.count > 0, (long long)ista.workspaces));
+  c.describe("dtype samples atoms features gram max_iter init workspaces", p.kind, p.samples, p.atoms, p.features,
+             ista.use_gram, ista.max_iter, init.count > 0, ista.workspaces);
   c.run([&](const Kernels &k, int, Results &results) {
     const IstaSizes sizes = k.ista_sizes(ista);
     const Array packed(p.kind, sizes.packed), memory(p.kind, ista.workspaces * sizes.memory);
@@ -650,8 +666,7 @@ void fuzz_dictionary_sweep(Case &c) {
   const Kind kind = c.float_or_double();
   const int64_t atoms = r.size(40), features = r.size(130), stride = atoms + r.below(20);
   const bool sphere = r.one_in(2), positive = r.one_in(2);
-  c.describe(text("dtype %d atoms %lld features %lld gram_stride %lld sphere %d positive %d", kind, (long long)atoms,
-                  (long long)features, (long long)stride, sphere, positive));
+  c.describe("dtype atoms features gram_stride sphere positive", kind, atoms, features, stride, sphere, positive);
   const Array before = c.reals(kind, atoms * features, -1, 1), change = c.reals(kind, atoms * features, -1, 1);
   Array gram = c.reals(kind, atoms > 0 ? (atoms - 1) * stride + atoms : 0, -0.1, 0.1);
   for (int64_t i = 0; i < atoms; ++i) gram.set(i * stride + i, r.real(1, 2));
@@ -726,8 +741,7 @@ int main(int count, char **arguments) {
       if (!entry.empty() && entry != e.name) continue;
       uint64_t mixed = uint64_t(n);
       for (const char *letter = e.name; *letter; ++letter) mixed = mixed * 131 + uint64_t(*letter);
-      Case c{{mixed}};
-      c.only_isa = isa;
+      Case c(mixed, isa);
       current = text("--entry %s --seed %lld --cases 1:", e.name, (long long)n), where.clear();
       e.fuzz(c);
       ++done;
