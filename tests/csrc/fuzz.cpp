@@ -707,7 +707,7 @@ const char *__tsan_default_options() { return "abort_on_error=1:halt_on_error=1:
 
 int main(int count, char **arguments) {
   using namespace fastvae;
-  int64_t cases = 40, seed = 1;
+  int64_t cases = 100, seed = 1;
   double seconds = 0;
   std::string entry, isa;
   for (int i = 1; i < count; i += 2) {
