@@ -30,17 +30,21 @@ struct GaussianGradients {
   int64_t partials;
 };
 
-// One block of logits, (rows, vocabulary) of the compute type, without the bias, which is added here.
-struct CrossEntropyBlock {
-  bool is_double;
-  void *logits;  // with `gradient` becomes scale[row] * (softmax - one_hot)
-  const void *bias;
-  const int64_t *target;  // (rows), in range: the caller has checked
-  const void *scale;      // (rows), or null for ones
-  void *losses, *lse;     // (rows); with `known_lse`, lse is read and the losses are left alone
-  void *grad_bias;        // (partials, vocabulary), added to; or null
-  int64_t partials, rows, vocabulary;
-  bool gradient, known_lse;
+// Linear layer and cross-entropy. A row's loss is the sum over its `words` targets, those equal to ignore_index left
+// out; a row without any gives zeros. losses, lse, scale and the gradients are of the compute type.
+struct CrossEntropy {
+  DType dtype;  // of hidden (rows, hidden_size), weight (vocabulary, hidden_size) and bias (vocabulary) or null
+  const void *hidden, *weight, *bias;
+  const int64_t *target;  // (rows, words)
+  int64_t rows, hidden_size, vocabulary, words, ignore_index;
+  double label_smoothing;
+  const void *scale;   // (rows), what each row's loss counts in the gradients, or null for ones
+  void *losses, *lse;  // (rows); with `known_lse`, lse is read and the losses are left alone
+  bool known_lse;
+  void *grad_hidden, *grad_weight, *grad_bias;  // or null
+  int64_t block_rows;                           // the most rows to be in work at once
+  int64_t workspaces;                           // the most threads
+  void *memory;                                 // scratch of cross_entropy_workspace bytes
 };
 
 // Packed sequences: rank r is the r-th longest sequence, order[r]. Step t holds the first active[t] ranks, in rows
@@ -144,7 +148,8 @@ struct Kernels {
   const char *isa;
   void (*gaussian_forward)(const Gaussian &, const GaussianOutputs &);
   void (*gaussian_backward)(const Gaussian &, const GaussianGradients &);
-  void (*cross_entropy_block)(const CrossEntropyBlock &);
+  int64_t (*cross_entropy)(const CrossEntropy &);  // rows that have a target, or -1 - element of one out of range
+  int64_t (*cross_entropy_workspace)(const CrossEntropy &);  // bytes
   int64_t (*pack_words)(const WordPacking &);
   void (*lstm_forward)(const LSTMForward &);
   void (*lstm_backward)(const LSTMBackward &);

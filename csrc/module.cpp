@@ -86,12 +86,35 @@ PYBIND11_MODULE(_C, m) {
       },
       release);
 
+  // The scratch comes from the caller, who asks with `workspace` how much it takes.
   m.def(
-      "cross_entropy_block",
-      [](bool is_double, Address logits, Address bias, Address target, Address scale, Address losses, Address lse,
-         Address grad_bias, int64_t partials, int64_t rows, int64_t vocabulary, bool gradient, bool known_lse) {
-        kernels().cross_entropy_block({is_double, at(logits), at(bias), integers(target), at(scale), at(losses),
-                                       at(lse), at(grad_bias), partials, rows, vocabulary, gradient, known_lse});
+      "cross_entropy",
+      [](bool workspace, int dtype, Address hidden, Address weight, Address bias, Address target, int64_t rows,
+         int64_t hidden_size, int64_t vocabulary, int64_t words, int64_t ignore_index, double label_smoothing,
+         Address scale, Address losses, Address lse, bool known_lse, Address grad_hidden, Address grad_weight,
+         Address grad_bias, int64_t block_rows, int64_t workspaces, Address memory) {
+        const CrossEntropy p = {static_cast<DType>(dtype),
+                                at(hidden),
+                                at(weight),
+                                at(bias),
+                                integers(target),
+                                rows,
+                                hidden_size,
+                                vocabulary,
+                                words,
+                                ignore_index,
+                                label_smoothing,
+                                at(scale),
+                                at(losses),
+                                at(lse),
+                                known_lse,
+                                at(grad_hidden),
+                                at(grad_weight),
+                                at(grad_bias),
+                                block_rows,
+                                workspaces,
+                                at(memory)};
+        return workspace ? kernels().cross_entropy_workspace(p) : kernels().cross_entropy(p);
       },
       release);
 

@@ -8,7 +8,8 @@ namespace fastvae::FASTVAE_ISA {
 
 void gaussian_forward(const Gaussian &, const GaussianOutputs &);
 void gaussian_backward(const Gaussian &, const GaussianGradients &);
-void cross_entropy_block(const CrossEntropyBlock &);
+int64_t cross_entropy(const CrossEntropy &);
+int64_t cross_entropy_workspace(const CrossEntropy &);
 int64_t pack_words(const WordPacking &);
 void lstm_forward(const LSTMForward &);
 void lstm_backward(const LSTMBackward &);
@@ -24,7 +25,8 @@ const Kernels table = {
     FASTVAE_STRING(FASTVAE_ISA),
     gaussian_forward,
     gaussian_backward,
-    cross_entropy_block,
+    cross_entropy,
+    cross_entropy_workspace,
     pack_words,
     lstm_forward,
     lstm_backward,

@@ -1,6 +1,6 @@
 """The public functions, gathered from :mod:`fastvae.ops`."""
 
-from fastvae.ops.cross_entropy import linear_cross_entropy
+from fastvae.ops.cross_entropy import bag_of_words_loss, linear_cross_entropy
 from fastvae.ops.dictionary import dictionary_update
 from fastvae.ops.gaussian import gaussian_kl, gaussian_sample_kl
 from fastvae.ops.lstm import lstm, lstm_decode
@@ -18,6 +18,7 @@ from fastvae.ops.sparse import (
 from fastvae.ops.top_k import top_k_decode, top_k_encode
 
 __all__ = [
+    "bag_of_words_loss",
     "dictionary_update",
     "duality_gap",
     "fista",

@@ -144,12 +144,12 @@ def _gaussian(sizes: _Sizes, dtype: torch.dtype, latent: int, prior: str = "none
     gaussian.sample_kl_backward(grad_z, grad_kl, mean, mean, *priors, seed, True)
 
 
-def _cross_entropy(sizes: _Sizes, dtype: torch.dtype) -> None:
+def _cross_entropy(sizes: _Sizes, dtype: torch.dtype, label_smoothing: float = 0.0) -> None:
     hidden = _tensor(sizes.rows, 256, dtype=dtype)
     weight, bias = _tensor(10000, 256, dtype=dtype), _tensor(10000, dtype=dtype)
-    target, losses = _tensor(sizes.rows, dtype=torch.int64), _tensor(sizes.rows)
-    cross_entropy.forward(hidden, weight, bias, target, -100)
-    cross_entropy.backward(losses, hidden, weight, bias, target, losses, -100, True, True)
+    target, losses = _tensor(sizes.rows, sizes.steps, dtype=torch.int64), _tensor(sizes.rows)
+    cross_entropy.forward(hidden, weight, bias, target, -100, label_smoothing)
+    cross_entropy.backward(losses, hidden, weight, bias, target, losses, -100, label_smoothing, True, True)
 
 
 def _lstm(sizes: _Sizes, dtype: torch.dtype) -> None:
@@ -189,6 +189,7 @@ _CASES: dict[str, Callable[[_Sizes], None]] = {
     "logits in float32": lambda n: _cross_entropy(n, torch.float32),
     "logits in TF32": lambda n: _tf32(_cross_entropy, n),
     "logits in bfloat16": lambda n: _cross_entropy(n, torch.bfloat16),
+    "smoothed logits in bfloat16": lambda n: _cross_entropy(n, torch.bfloat16, 0.1),
     "LSTM in float32": lambda n: _lstm(n, torch.float32),
     "LSTM in TF32": lambda n: _tf32(_lstm, n),
     "LSTM in bfloat16": lambda n: _lstm(n, torch.bfloat16),

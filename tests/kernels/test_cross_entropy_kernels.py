@@ -15,23 +15,29 @@ SHAPES = [(1, 1, 1), (7, 33, 257), (65, 7, 64), (33, 257, 7)]  # rows, hidden, v
 
 
 def _operands(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu"
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu", words: int = 1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     rows, hidden_size, vocabulary = shape
     hidden = torch.randn(rows, hidden_size).to(dtype)
     weight = (2 * torch.randn(vocabulary, hidden_size) / hidden_size**0.5).to(dtype)
     bias = torch.randn(vocabulary).to(dtype)
-    target = torch.randint(0, vocabulary, (rows,))
-    target[1::3] = IGNORED
+    target = torch.randint(0, vocabulary, (rows, words))
+    target[1::3, 0] = IGNORED
     return hidden.to(device), weight.to(device), bias.to(device), target.to(device)
 
 
 def _kernels(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, grad_losses: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    grad_losses: Tensor,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    losses, lse = cross_entropy.forward(hidden, weight, bias, target, IGNORED)
-    grads = cross_entropy.backward(grad_losses, hidden, weight, bias, target, lse, IGNORED, True, True)
+    losses, lse = cross_entropy.forward(hidden, weight, bias, target, IGNORED, label_smoothing)
+    operands = (hidden, weight, bias, target, lse, IGNORED, label_smoothing)
+    grads = cross_entropy.backward(grad_losses, *operands, True, True)
     return losses, lse, grads
 
 
@@ -39,10 +45,13 @@ def _kernels(
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("words", "label_smoothing"), [(1, 0.0), (1, 0.1), (5, 0.0), (5, 0.1)])
 def test_matches_float64(
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     with_bias: bool,
+    words: int,
+    label_smoothing: float,
     device: str,
     monkeypatch: pytest.MonkeyPatch,
     assert_within_budget: Callable,
@@ -51,20 +60,23 @@ def test_matches_float64(
     monkeypatch.setattr(cross_entropy, "_FORWARD_PROGRAMS", 2)
     monkeypatch.setattr(cross_entropy, "_BUFFER_ELEMENTS", 128 * 64)
     monkeypatch.setattr(cross_entropy, "_BUFFER_MIN_COLUMNS", 64)
-    hidden, weight, bias, target = _operands(shape, dtype)
+    hidden, weight, bias, target = _operands(shape, dtype, words=words)
+    if words > 1:
+        target[0, 1:] = target[0, :1]  # a word many times
     grad_losses = torch.randn(shape[0])
     leaves = [hidden, weight, bias] if with_bias else [hidden, weight]
     on_device = [x.to(device) for x in (hidden, weight, bias, target, grad_losses)]
     if not with_bias:
         on_device[2] = None
-    losses, lse, grads = _kernels(*on_device)
+    losses, lse, grads = _kernels(*on_device, label_smoothing)
 
     def eager(compute: torch.dtype) -> list[Tensor]:
         inputs = [x.to(compute).requires_grad_() for x in leaves]
         logits = F.linear(*inputs)
-        loss = F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none")
+        settings = {"ignore_index": IGNORED, "reduction": "none", "label_smoothing": label_smoothing}
+        loss = sum(F.cross_entropy(logits, word, **settings) for word in target.unbind(1))
         gradients = torch.autograd.grad(loss, inputs, grad_losses.to(compute))
-        return [loss, torch.logsumexp(logits, -1).masked_fill(target == IGNORED, 0), *gradients]
+        return [loss, torch.logsumexp(logits, -1).masked_fill((target == IGNORED).all(1), 0), *gradients]
 
     names = ["losses", "lse", "grad_hidden", "grad_weight", "grad_bias"]
     ours = [losses, lse, *grads[: len(leaves)]]
@@ -115,7 +127,7 @@ def test_large_logits_and_masked_words(device: str, monkeypatch: pytest.MonkeyPa
     bias[:128] = float("-inf")  # whole blocks of the vocabulary
     target[:] = 200
     losses, _, grads = _kernels(hidden, weight, bias, target, torch.ones(7, device=device))
-    exact = F.cross_entropy(F.linear(hidden.double(), weight.double(), bias.double()), target, reduction="none")
+    exact = F.cross_entropy(F.linear(hidden.double(), weight.double(), bias.double()), target[:, 0], reduction="none")
     torch.testing.assert_close(losses.double(), exact, rtol=1e-5, atol=1e-3)
     assert all(g.isfinite().all() for g in grads)
     assert (grads[1][:128] == 0).all()
@@ -124,8 +136,8 @@ def test_large_logits_and_masked_words(device: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.usefixtures("poison")
 def test_only_the_gradients_needed(device: str) -> None:
     hidden, weight, bias, target = _operands((7, 33, 70), torch.float32, device)
-    losses, lse = cross_entropy.forward(hidden, weight, bias, target, IGNORED)
-    operands = (torch.ones_like(losses), hidden, weight, bias, target, lse, IGNORED)
+    losses, lse = cross_entropy.forward(hidden, weight, bias, target, IGNORED, 0.0)
+    operands = (torch.ones_like(losses), hidden, weight, bias, target, lse, IGNORED, 0.0)
     both = cross_entropy.backward(*operands, True, True)
     only_hidden = cross_entropy.backward(*operands, True, False)
     only_weight = cross_entropy.backward(*operands, False, True)
@@ -148,7 +160,7 @@ def test_no_rows(device: str) -> None:
 def test_float64_is_refused(device: str) -> None:
     hidden, weight, _, target = _operands((2, 3, 4), torch.float64, device)
     with pytest.raises(TypeError, match=r"^hidden: expected float32, bfloat16 or float16, got torch\.float64$"):
-        cross_entropy.forward(hidden, weight, None, target, IGNORED)
+        cross_entropy.forward(hidden, weight, None, target, IGNORED, 0.0)
 
 
 def test_float32_products_follow_the_setting_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvae.functional import (
+    bag_of_words_loss,
     fista,
     gaussian_kl,
     gaussian_sample_kl,
@@ -48,6 +49,13 @@ def _cross_entropy_inputs(dtype, batch):
     target = torch.randint(0, 257, (batch,), generator=random)
     target[1] = -100
     return tensors | {"target": target}
+
+
+def _bag_of_words_inputs(dtype, batch):
+    tensors = _cross_entropy_inputs(dtype, batch)
+    del tensors["target"]
+    targets = torch.randint(0, 257, (batch, 6), generator=torch.Generator().manual_seed(batch))
+    return tensors | {"targets": targets, "lengths": torch.arange(batch) % 7}
 
 
 def _lstm_inputs(dtype, batch):
@@ -101,6 +109,9 @@ CASES = {
     "linear_cross_entropy": Case(lambda **tensors: (linear_cross_entropy(**tensors),), _cross_entropy_inputs),
     "linear_cross_entropy rows": Case(
         lambda **tensors: (linear_cross_entropy(**tensors, reduction="none"),), _cross_entropy_inputs
+    ),
+    "bag_of_words_loss": Case(
+        lambda **tensors: (bag_of_words_loss(**tensors, reduction="none"),), _bag_of_words_inputs
     ),
     "lstm_decode": Case(lambda **tensors: lstm_decode(**tensors, word_dropout=0.4, unk_index=1), _lstm_inputs),
     "lstm": Case(lstm, _dense_lstm_inputs),

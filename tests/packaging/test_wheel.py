@@ -39,6 +39,8 @@ assert z.shape == (3, 4) and z.std() > 0 and kl.tolist() == [0, 0, 0]
 assert F.gaussian_kl(mean + 1, log_var).tolist() == [2, 2, 2]
 loss = F.linear_cross_entropy(torch.zeros(3, 4), torch.ones(8, 4), torch.tensor([0, 1, 7]))
 torch.testing.assert_close(loss, torch.tensor(8.0).log())
+bag = F.bag_of_words_loss(torch.zeros(3, 4), torch.ones(8, 4), torch.tensor([[0, 1, 7]] * 3))
+torch.testing.assert_close(bag, 3 * loss)
 tokens, states = torch.tensor([[2, 1, 3]]), torch.zeros(1, 5)
 weights = torch.randn(6, 4), torch.randn(20, 7), torch.randn(20, 5), torch.zeros(20)
 hidden, h, c = F.lstm_decode(tokens, torch.randn(1, 3), states, states, *weights)
@@ -57,9 +59,9 @@ torch.testing.assert_close(F.dictionary_update(atoms, codes.T @ codes, codes.T @
 values, indices = F.top_k_encode(x, atoms, k=1)
 assert (values.tolist(), indices.tolist()) == ([[3]], [[0]])
 assert F.top_k_decode(values, indices, atoms).tolist() == [[3, 0]]
-called = {"dictionary_update", "duality_gap", "fista", "gaussian_kl", "gaussian_sample_kl", "ista", "ista_step",
-          "kkt_violation", "lambda_max", "linear_cross_entropy", "lstm_decode", "soft_threshold", "sparse_encode",
-          "sparse_value", "top_k_decode", "top_k_encode"}
+called = {"bag_of_words_loss", "dictionary_update", "duality_gap", "fista", "gaussian_kl", "gaussian_sample_kl",
+          "ista", "ista_step", "kkt_violation", "lambda_max", "linear_cross_entropy", "lstm_decode",
+          "soft_threshold", "sparse_encode", "sparse_value", "top_k_decode", "top_k_encode"}
 assert set(F.__all__) == called, "call it here"
 """
 
