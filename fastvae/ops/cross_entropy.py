@@ -366,7 +366,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     *,
     ignore_index: int = -100,
-    label_smoothing: float = 0.0,
+    label_smoothing: float = 0,  # not 0.0: under dynamic shapes the compiler takes it for a variable, and starts twice
     reduction: str = "mean",
 ) -> Tensor:
     """``F.cross_entropy(F.linear(hidden, weight, bias), target)`` without keeping the logits.
@@ -396,7 +396,7 @@ def linear_cross_entropy(
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
-    losses = _losses(hidden, weight, bias, target.reshape(-1, 1), ignore_index, float(label_smoothing))
+    losses = _losses(hidden, weight, bias, target.reshape(target.numel(), 1), ignore_index, float(label_smoothing))
     if reduction == "none":
         return losses.reshape(target.shape)
     return losses.sum() if reduction == "sum" else losses.sum() / (target != ignore_index).sum()
