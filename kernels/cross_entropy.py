@@ -323,12 +323,11 @@ def _cross_entropy_grad_logits_kernel(
     lse = tl.load(lse_ptr + row, mask=mask, other=0.0)
     grad_loss = tl.load(grad_losses_ptr + row, mask=mask, other=0.0)
     grad_loss = tl.where(valid, grad_loss, float("nan"))
-    onehots = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    grad_logits = count[:, None] * (tl.exp(logits - lse[:, None]) - label_smoothing / vocabulary)
     for word in range(words):
         target = tl.load(target_ptr + row * words + word, mask=mask, other=-1)
-        onehots += ((column[None, :] == target[:, None]) & (target != ignore_index)[:, None]).to(tl.float32)
-    onehots += label_smoothing * ((count / vocabulary)[:, None] - onehots)
-    grad_logits = count[:, None] * tl.exp(logits - lse[:, None]) - onehots
+        here = (column[None, :] == target[:, None]) & (target != ignore_index)[:, None]
+        grad_logits -= tl.where(here, 1.0 - label_smoothing, 0.0)
     # Assigned, not multiplied: the lse of an ignored row is 0, and its softmax may overflow.
     grad_logits = tl.where((count == 0)[:, None], 0.0, grad_logits * grad_loss[:, None])
     tl.store(

@@ -84,7 +84,8 @@ def test_matches_float64(
     for name, mine, truth, peer in zip(names, ours, eager(torch.float64), eager(dtype), strict=False):
         assert mine.dtype == (torch.float32 if name in ("losses", "lse") else dtype), name
         rounding = 8 if mine.dtype.itemsize == 4 else 2
-        assert_within_budget(name, mine.cpu(), truth, peer.to(mine.dtype), rounding=rounding)
+        one = int(shape[2] == 1)  # of a single word all is zero but for the rounding of numbers of order 1
+        assert_within_budget(name, mine.cpu() + one, truth + one, peer.to(mine.dtype) + one, rounding=rounding)
 
 
 @pytest.mark.usefixtures("poison")
