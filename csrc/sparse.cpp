@@ -1,10 +1,12 @@
-// Sparse coding: coordinate descent on a working set, ISTA and FISTA, and the solves of the implicit gradient
+// Sparse coding: an active set within a working set, ISTA and FISTA, and the solves of the implicit gradient
 // (fastvae/ops/sparse.py holds the definitions).
 //
-// Coordinate descent, a sample: the gradient of all atoms costs nnz * atoms multiply-adds from rows of the Gram matrix,
+// The lasso, a sample: the gradient of all atoms costs nnz * atoms multiply-adds from rows of the Gram matrix,
 // which should stay in the second-level cache (atoms <= 512 or so; beyond, nnz * atoms * 4 bytes of the third level are
-// the limit). All else happens on the working set, some times the support in size, whose Gram block lies in the first
-// level: sweeps of coordinate descent, bound by their own latency, and exact solves on the support, nnz^3 / 6.
+// the limit). All else happens on the working set, up to twice the support in size, whose Gram block and inverse lie in
+// the first level. Atoms join and leave the support's inverse, and the codes move to the exact solution on it, at some
+// nnz * set multiply-adds each. Sweeps of coordinate descent, bound by their own latency, come where that fails:
+// for dependent atoms, and for very large supports.
 //
 // ISTA: 4 * atoms * features FLOPs a sample and iteration, or 2 * atoms^2 with the Gram matrix; a block of samples
 // stays in the first level through all iterations, the packed dictionary in the second: bound by multiply-adds.
@@ -27,14 +29,9 @@ FASTVAE_INLINE void add_scaled(T *__restrict to, T factor, const T *__restrict f
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) to[i] += factor * from[i];
 }
-// Lanes: arrays of the working set are read and written 16 numbers at a time, without remainder loops.
-constexpr int64_t kLane = 16;
+// Lanes: arrays of the working set are read and written a vector at a time, without remainder loops.
 template <typename T>
-struct LaneOf {
-  typedef T type __attribute__((vector_size(kLane * sizeof(T)), aligned(sizeof(T)), may_alias));
-};
-template <typename T>
-using Lane = typename LaneOf<T>::type;
+using Lane = typename VectorOf<T>::type;
 template <typename T>
 FASTVAE_INLINE Lane<T> &lane(T *at) {
   return *reinterpret_cast<Lane<T> *>(at);
@@ -43,12 +40,13 @@ template <typename T>
 FASTVAE_INLINE Lane<T> lane(const T *at) {
   return *reinterpret_cast<const Lane<T> *>(at);
 }
+constexpr int64_t kPadding = 16;  // a whole number of vectors of any kind
 // By halves: a chain of 15 operations would wait for each.
 template <typename T, typename Combine>
 FASTVAE_INLINE T reduce(Lane<T> x, Combine combine) {
-  T parts[kLane];
+  T parts[kWidth<T>];
   lane(parts) = x;
-  for (int64_t half = kLane / 2; half > 0; half /= 2) {
+  for (int64_t half = kWidth<T> / 2; half > 0; half /= 2) {
 #pragma omp simd
     for (int64_t j = 0; j < half; ++j) parts[j] = combine(parts[j], parts[j + half]);
   }
@@ -62,11 +60,11 @@ template <typename T>
 FASTVAE_INLINE T largest_of(Lane<T> x) {
   return reduce<T>(x, [](T a, T b) { return a > b ? a : b; });
 }
-FASTVAE_INLINE int64_t padded(int64_t count) { return (count + kLane - 1) / kLane * kLane; }
+FASTVAE_INLINE int64_t padded(int64_t count) { return (count + kPadding - 1) / kPadding * kPadding; }
 
 template <typename T>
 FASTVAE_INLINE void add_scaled_lanes(T *to, T factor, const T *from, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLane) lane(to + i) += factor * lane(from + i);
+  for (int64_t i = 0; i < n; i += kWidth<T>) lane(to + i) += factor * lane(from + i);
 }
 template <typename T>
 FASTVAE_INLINE T dot(const T *__restrict a, const T *__restrict b, int64_t n) {
@@ -89,7 +87,7 @@ bool factorise(T *a, int64_t n, int64_t stride, T *inverse) {
 #pragma omp simd
     for (int64_t k = j; k < n; ++k) row[k] *= inverse[j];
     for (int64_t i = j + 1; i < n; ++i) {
-      const int64_t from = i / kLane * kLane;
+      const int64_t from = i / kWidth<T> * kWidth<T>;
       add_scaled_lanes(a + i * stride + from, -row[i], row + from, padded(n) - from);
     }
   }
@@ -125,13 +123,14 @@ FASTVAE_INLINE void solve_regularised(T *a, int64_t n, int64_t stride, T *invers
 template <typename T>
 struct Workspace {
   T *c, *score;          // (atoms): c = A (x - h A) - l2 h; how far beyond its threshold an atom outside the set is
-  T *gram, *factor;      // (capacity, stride)
+  T *gram, *inverse;     // (capacity, stride); the inverse of the basis' block of `gram`, zero outside that block
   T *h, *q, *b;          // (capacity): codes, c and A x of the set
   T *threshold, *scale;  // (capacity): l1 weight, and one over it
-  T *move, *inverse;     // (capacity)
+  T *pull;               // (capacity): what q is where h is optimal, the threshold with its sign; 0 outside the basis
   T *unit;               // (capacity): one over the diagonal of `gram`
-  int32_t *atom, *support, *best;
-  int64_t size = 0, capacity, stride;
+  T *move, *force, *change;  // (capacity)
+  int32_t *atom, *basis, *best;
+  int64_t size = 0, basis_size = 0, capacity, stride;
 
   Workspace(char *memory, int64_t m, int64_t capacity) : capacity(capacity), stride(stride_of(capacity)) {
     std::memset(memory, 0, size_t(bytes(m, capacity)));
@@ -141,21 +140,22 @@ struct Workspace {
       return at;
     };
     c = take(m), score = take(m);
-    gram = take(capacity * stride), factor = take(capacity * stride);
+    gram = take(capacity * stride), inverse = take(capacity * stride);
     h = take(capacity), q = take(capacity), b = take(capacity);
-    threshold = take(capacity), scale = take(capacity), move = take(capacity), inverse = take(capacity);
-    unit = take(capacity);
-    atom = reinterpret_cast<int32_t *>(take(capacity)), support = reinterpret_cast<int32_t *>(take(capacity));
+    threshold = take(capacity), scale = take(capacity), pull = take(capacity), unit = take(capacity);
+    move = take(capacity), force = take(capacity), change = take(capacity);
+    atom = reinterpret_cast<int32_t *>(take(capacity)), basis = reinterpret_cast<int32_t *>(take(capacity));
     best = reinterpret_cast<int32_t *>(take(capacity));
   }
   // Not a power of 2: its columns would share a few sets of the cache.
-  static int64_t stride_of(int64_t capacity) { return padded(capacity) + kLane; }
+  static int64_t stride_of(int64_t capacity) { return padded(capacity) + kPadding; }
   static int64_t bytes(int64_t m, int64_t capacity) {
-    return int64_t(sizeof(T)) * (2 * padded(m) + 2 * capacity * stride_of(capacity) + 11 * padded(capacity) + 64);
+    return int64_t(sizeof(T)) * (2 * padded(m) + 2 * capacity * stride_of(capacity) + 13 * padded(capacity) + 64);
   }
 };
 
-constexpr int64_t kFirstAtoms = 8;  // of a working set
+// Of the basis. From kLargeBasis on sweeps of the whole set move more at less cost, and exact steps are rare.
+constexpr int64_t kLargeBasis = 256, kLargestBasis = 512;
 
 template <typename T>
 struct Sample {
@@ -164,6 +164,8 @@ struct Sample {
   const T *gram, *weights, *products;
   T squared, l1;
   int64_t sweeps = 0;
+  T highest_score = 0;
+  bool accurate = true;
 
   T weight(int64_t j) const { return weights ? weights[j] : T(1); }
 
@@ -172,7 +174,7 @@ struct Sample {
   T gap(T excess) const {
     const T s = excess > T(1) ? T(1) / excess : T(1);
     Lane<T> residual = {}, penalty = {};
-    for (int64_t i = 0; i < w.size; i += kLane) {
+    for (int64_t i = 0; i < w.size; i += kWidth<T>) {
       const Lane<T> h = lane(w.h + i), q = lane(w.q + i), size = h < T(0) ? -h : h;
       residual += h * (lane(w.b + i) + q);
       penalty += lane(w.threshold + i) * size - s * (q * h);
@@ -182,7 +184,7 @@ struct Sample {
   }
   T gap_of_set() const {
     Lane<T> excess = {};
-    for (int64_t i = 0; i < w.size; i += kLane) {
+    for (int64_t i = 0; i < w.size; i += kWidth<T>) {
       const Lane<T> q = lane(w.q + i), size = p.positive ? q : (q < T(0) ? -q : q), ratio = size * lane(w.scale + i);
       excess = ratio > excess ? ratio : excess;
     }
@@ -236,59 +238,48 @@ struct Sample {
   // Scores the atoms by how far they are beyond their thresholds, those of the set below all; returns the largest |c|
   // over its threshold of all.
   T score() {
-    Lane<T> excess = {};
-    for (int64_t j = 0; j < p.atoms; j += kLane) {
+    Lane<T> excess = {}, highest = {};
+    for (int64_t j = 0; j < p.atoms; j += kWidth<T>) {
       const Lane<T> c = lane(w.c + j), size = p.positive ? c : (c < T(0) ? -c : c);
-      if (weights) {
-        const Lane<T> threshold = l1 * lane(weights + j), ratio = size / threshold;
-        excess = ratio > excess ? ratio : excess;
-        lane(w.score + j) = size - threshold;
-      } else {
-        excess = size > excess ? size : excess;
-        lane(w.score + j) = size - l1;
-      }
+      const Lane<T> threshold = weights ? l1 * lane(weights + j) : Lane<T>{} + l1;
+      const Lane<T> ratio = weights ? size / threshold : size, score = size - threshold;
+      excess = ratio > excess ? ratio : excess;
+      highest = score > highest ? score : highest;
+      lane(w.score + j) = score;
     }
     for (int64_t i = 0; i < w.size; ++i) w.score[w.atom[i]] = T(-1);
+    highest_score = largest_of<T>(highest);
     return largest_of<T>(excess) / (weights ? T(1) : l1);
   }
 
-  // Adds the `count` atoms of the highest positive scores; returns how many there were.
-  int64_t grow(int64_t count) {
-    int32_t *heap = w.best;  // a min-heap by score
-    int64_t held = 0;
-    const auto sink = [&](int64_t i) {
-      for (int64_t child; (child = 2 * i + 1) < held; i = child) {
-        if (child + 1 < held && w.score[heap[child + 1]] < w.score[heap[child]]) ++child;
-        if (!(w.score[heap[child]] < w.score[heap[i]])) return;
-        const int32_t swapped = heap[i];
-        heap[i] = heap[child], heap[child] = swapped;
+  // Adds at most as many atoms as the set has, or a first few: the highest score of each class of atoms, if it is not
+  // far below the highest of all.
+  void grow() {
+    const int64_t before = padded(w.size), classes = max(kPadding, w.size / kPadding * kPadding);
+    for (int64_t first = 0; first < min(classes, p.atoms); first += kWidth<T>) {
+      Lane<T> most = Lane<T>{} + T(0.3) * highest_score, where = {};
+      for (int64_t j = first; j < p.atoms; j += classes) {
+        const Lane<T> score = lane(w.score + j), index = Lane<T>{} + T(j);
+        where = score > most ? index : where;
+        most = score > most ? score : most;
       }
-    };
-    T least = 0;
-    for (int64_t j = 0; j < p.atoms; ++j) {
-      if (j % kLane == 0) {
-        while (j < p.atoms && !(largest_of<T>(lane(w.score + j)) > least)) j += kLane;
-        if (j >= p.atoms) break;
+      for (int64_t j = 0; j < kWidth<T> && w.size < w.capacity; ++j) {
+        if (most[j] > T(0.3) * highest_score) add(int64_t(where[j]) + j, T(0));
       }
-      if (!(w.score[j] > least)) continue;
-      if (held < count) {
-        heap[held++] = int32_t(j);
-        if (held < count) continue;
-        for (int64_t i = held / 2; i-- > 0;) sink(i);
-      } else {
-        heap[0] = int32_t(j);
-        sink(0);
-      }
-      least = w.score[heap[0]];
     }
-    for (int64_t i = 0; i < held; ++i) add(heap[i], T(0));
-    return held;
+    for (int64_t k = 0; k < w.basis_size; ++k) {
+      for (int64_t i = before; i < padded(w.size); i += kWidth<T>) {
+        lane(w.inverse + w.basis[k] * w.stride + i) = Lane<T>{};
+      }
+    }
   }
 
   // What lies in the lanes beyond the set must count for nothing.
   void clear() {
-    for (int64_t i = 0; i < w.size; i += kLane) lane(w.h + i) = lane(w.threshold + i) = lane(w.scale + i) = Lane<T>{};
-    w.size = 0;
+    for (int64_t i = 0; i < w.size; i += kWidth<T>) {
+      lane(w.h + i) = lane(w.threshold + i) = lane(w.scale + i) = lane(w.pull + i) = Lane<T>{};
+    }
+    w.size = w.basis_size = 0;
   }
 
   void drop_zeros() {
@@ -298,6 +289,7 @@ struct Sample {
     }
     clear();
     for (int64_t i = 0; i < kept; ++i) add(w.best[i], w.move[i]);
+    renew_basis();
   }
 
   void sweep() {
@@ -313,34 +305,132 @@ struct Sample {
     ++sweeps;
   }
 
-  // Moves towards the exact solution for the present support and signs, as far as no sign changes.
-  void exact_step() {
-    int64_t n = 0;
-    for (int64_t i = 0; i < w.size; ++i) {
-      if (w.h[i] != T(0)) w.support[n++] = int32_t(i);
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t at = w.support[i];
-      w.move[i] = w.q[at] - (w.h[at] > T(0) ? w.threshold[at] : -w.threshold[at]);
-    }
-    solve_regularised(w.factor, n, w.stride, w.inverse, w.move, [&](int64_t i, T *row) {
-      const T *from = w.gram + w.support[i] * w.stride;
-      for (int64_t k = i; k < n; ++k) row[k] = from[w.support[k]];
-    });
-    ++sweeps;
-    T length = 1;
-    int64_t blocking = -1;
-    for (int64_t i = 0; i < n; ++i) {
-      const T code = w.h[w.support[i]];
-      if (code * (code + w.move[i]) < T(0) && -code / w.move[i] < length) length = -code / w.move[i], blocking = i;
-    }
+  // to += sum over the basis of factor[i] * row i of a (capacity, stride) matrix, for kVectors vectors of it.
+  template <int kVectors>
+  void add_rows(T *to, const T *factor, const T *matrix) const {
+    Lane<T> sums[2][kVectors] = {};  // two chains: one would wait for its own additions
+    int64_t k = 0;
+    const auto add = [&](Lane<T> *sum) {
+      const int64_t at = w.basis[k++];
+      for (int v = 0; v < kVectors; ++v) sum[v] += factor[at] * lane(matrix + at * w.stride + v * kWidth<T>);
+    };
+    while (k + 1 < w.basis_size) add(sums[0]), add(sums[1]);
+    if (k < w.basis_size) add(sums[0]);
+    for (int v = 0; v < kVectors; ++v) lane(to + v * kWidth<T>) += sums[0][v] + sums[1][v];
+  }
+  void add_rows(T *to, const T *factor, const T *matrix) const {
     const int64_t lanes = padded(w.size);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t at = w.support[i];
-      const T old = w.h[at];
-      w.h[at] = i == blocking ? T(0) : old + length * w.move[i];
-      add_scaled_lanes(w.q, old - w.h[at], w.gram + at * w.stride, lanes);
+    int64_t i = 0;
+    for (; i + 4 * kWidth<T> <= lanes; i += 4 * kWidth<T>) add_rows<4>(to + i, factor, matrix + i);
+    for (; i + 2 * kWidth<T> <= lanes; i += 2 * kWidth<T>) add_rows<2>(to + i, factor, matrix + i);
+    for (; i < lanes; i += kWidth<T>) add_rows<1>(to + i, factor, matrix + i);
+  }
+  void update_inverse(T factor) {
+    const int64_t lanes = padded(w.size);
+    for (int64_t k = 0; k < w.basis_size; ++k) {
+      add_scaled_lanes(w.inverse + w.basis[k] * w.stride, factor * w.move[w.basis[k]], w.move, lanes);
     }
+  }
+
+  // Borders the inverse by an atom of the set; not by one that depends on the basis: then returns false.
+  bool enter(int64_t j, T sign) {
+    if (w.basis_size == kLargestBasis) return false;
+    const T tiny = sizeof(T) == 8 ? T(1e-9) : T(1e-3);
+    const T *row = w.gram + j * w.stride;
+    const int64_t lanes = padded(w.size);
+    for (int64_t i = 0; i < lanes; i += kWidth<T>) lane(w.move + i) = Lane<T>{};
+    add_rows(w.move, row, w.inverse);
+    Lane<T> explained = {};
+    for (int64_t i = 0; i < lanes; i += kWidth<T>) explained += lane(row + i) * lane(w.move + i);
+    const T left = row[j] - sum_of<T>(explained);
+    if (!(left > tiny * row[j])) return false;
+    w.basis[w.basis_size++] = int32_t(j), w.pull[j] = sign > T(0) ? w.threshold[j] : -w.threshold[j];
+    w.move[j] = T(-1);
+    for (int64_t i = 0; i < lanes; i += kWidth<T>) lane(w.inverse + j * w.stride + i) = Lane<T>{};
+    update_inverse(T(1) / left);
+    return true;
+  }
+  void leave(int64_t k) {
+    const int64_t j = w.basis[k];
+    const T *row = w.inverse + j * w.stride;
+    for (int64_t i = 0; i < padded(w.size); i += kWidth<T>) lane(w.move + i) = lane(row + i);
+    w.basis[k] = w.basis[--w.basis_size], w.pull[j] = T(0);
+    update_inverse(T(-1) / row[j]);
+    for (int64_t i = 0; i < w.basis_size; ++i) w.inverse[w.basis[i] * w.stride + j] = T(0);
+  }
+  void forget_basis() {  // and with it the errors of its inverse
+    for (; w.basis_size > 0; --w.basis_size) w.pull[w.basis[w.basis_size - 1]] = T(0);
+  }
+  // Makes the basis the support of the codes, as far as it is independent.
+  void renew_basis() {
+    for (int64_t k = w.basis_size; k-- > 0;) {
+      const int64_t j = w.basis[k];
+      if (!(w.h[j] * w.pull[j] > T(0))) leave(k);
+    }
+    for (int64_t j = 0; j < w.size; ++j) {
+      if (w.h[j] != T(0) && w.pull[j] == T(0)) enter(j, w.h[j]);
+    }
+  }
+
+  // Moves to the exact solution for the basis and its signs, as far as no sign changes: the atom whose sign would
+  // leaves the basis. Returns whether one did.
+  bool exact_step() {
+    const int64_t lanes = padded(w.size);
+    for (int64_t i = 0; i < lanes; i += kWidth<T>) {
+      const Lane<T> pull = lane(w.pull + i);
+      lane(w.change + i) = pull != T(0) ? lane(w.q + i) - pull : Lane<T>{};
+      lane(w.move + i) = lane(w.force + i) = Lane<T>{};
+    }
+    add_rows(w.move, w.change, w.inverse);
+    add_rows(w.force, w.move, w.gram);
+    const Lane<T> whole = Lane<T>{} + T(1);
+    Lane<T> shortest = whole, slope = {}, curvature = {};
+    for (int64_t i = 0; i < lanes; i += kWidth<T>) {
+      const Lane<T> h = lane(w.h + i), move = lane(w.move + i);
+      const Lane<T> length = (h + move) * lane(w.pull + i) < T(0) ? -h / move : whole;
+      shortest = length < shortest ? length : shortest;
+      slope += move * lane(w.change + i), curvature += move * lane(w.force + i);
+      lane(w.change + i) = length;
+    }
+    // The minimum on the way is at its end, but for rounding in the inverse.
+    const T gain = sum_of<T>(slope), best = gain / sum_of<T>(curvature), least = -largest_of<T>(-shortest);
+    accurate = gain == T(0) || (best > T(0.5) && best < T(2));
+    const T end = accurate && best < T(1) ? best : T(accurate), length = least < end ? least : end;
+    const bool blocked = least < end;
+    for (int64_t i = 0; i < lanes; i += kWidth<T>) {
+      lane(w.h + i) += length * lane(w.move + i), lane(w.q + i) -= length * lane(w.force + i);
+    }
+    ++sweeps;
+    for (int64_t k = w.basis_size; blocked && k-- > 0;) {
+      const int64_t j = w.basis[k];
+      if (w.change[j] > length) continue;
+      add_scaled_lanes(w.q, w.h[j], w.gram + j * w.stride, lanes);  // what rounding left of its code
+      w.h[j] = T(0);
+      leave(k);
+      break;
+    }
+    return blocked;
+  }
+
+  // The atoms of the set most beyond their thresholds join the basis, more of them where steps cost more; returns
+  // whether any did.
+  bool enter_best() {
+    Lane<T> most = {}, where = {};
+    for (int64_t i = 0; i < w.size; i += kWidth<T>) {
+      const Lane<T> q = lane(w.q + i), size = p.positive ? q : (q < T(0) ? -q : q);
+      const Lane<T> ratio = lane(w.pull + i) == T(0) ? size * lane(w.scale + i) : Lane<T>{};
+      where = ratio > most ? Lane<T>{} + T(i) : where;
+      most = ratio > most ? ratio : most;
+    }
+    const T highest = largest_of<T>(most), enough = max(T(1), highest - T(0.3) * (highest - T(1)));
+    int64_t left = 1 + w.size / 16;
+    bool any = false;
+    for (int64_t j = 0; j < kWidth<T> && left > 0; ++j) {
+      if (!(most[j] > T(1)) || most[j] < enough) continue;
+      const int64_t at = int64_t(where[j]) + j;
+      if (w.h[at] == T(0) && enter(at, w.q[at])) any = true, --left;
+    }
+    return any;
   }
 
   bool solve(const T *init, T *codes, T *gap_out) {
@@ -350,6 +440,7 @@ struct Sample {
     for (int64_t j = 0; init && j < m && w.size < w.capacity; ++j) {
       if (init[j] != T(0) && gram[j * m + j] > T(0)) add(j, init[j]);
     }
+    renew_basis();
     bool converged = false;
     T reached = 0, lowest = 0;
     for (int64_t round = 0, stalled = 0;; ++round) {
@@ -360,15 +451,25 @@ struct Sample {
       if (stalled == 0) lowest = reached;
       if (converged || sweeps >= p.max_iter || stalled >= 10) break;
       if (w.size == w.capacity) drop_zeros();
-      grow(min(w.capacity - w.size, max(kFirstAtoms, w.size * 3 / 4)));
+      grow();
       // The restricted problem need be no better than what the rest leaves open; when stalled, it is.
       const T enough = stalled ? T(0.1) * target : max(T(0.1) * reached, T(0.3) * target);
-      // An exact step costs some size / 6 sweeps.
-      const int64_t every = max<int64_t>(3, min<int64_t>(w.size / 6, 30));
-      for (int64_t limit = min(sweeps + 100, p.max_iter), i = 1; sweeps < limit; ++i) {
-        i % every == 0 ? exact_step() : sweep();
+      bool stale = false;
+      for (int64_t swept = 0; sweeps < p.max_iter && swept < 100;) {
+        const bool large = w.basis_size >= kLargeBasis;
+        if (!large || swept % 16 == 0) {
+          if (stale) renew_basis();
+          stale = false;
+          while (exact_step() && sweeps < p.max_iter) {
+          }
+        }
         if (gap_of_set() <= enough) break;
+        if (!large && accurate && enter_best()) continue;
+        sweep();
+        if (!accurate) forget_basis();
+        ++swept, stale = true;
       }
+      if (stale) renew_basis();
     }
     std::memset(codes, 0, size_t(m) * sizeof(T));
     for (int64_t i = 0; i < w.size; ++i) codes[w.atom[i]] = w.h[i];
@@ -417,7 +518,7 @@ void solve_support(const SparseSupport &p) {
         if (codes[j] != T(0)) w.atom[n++] = int32_t(j);
       }
       for (int64_t i = 0; i < n; ++i) w.move[i] = g[w.atom[i]];
-      solve_regularised(w.factor, n, w.stride, w.inverse, w.move, [&](int64_t i, T *row) {
+      solve_regularised(w.inverse, n, w.stride, w.unit, w.move, [&](int64_t i, T *row) {
         for (int64_t k = i; k < n; ++k) row[k] = gram[w.atom[i] * m + w.atom[k]];
         row[i] += T(p.l2);
       });

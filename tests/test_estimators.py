@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("sklearn")
 
+import joblib
 from sklearn import decomposition
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -210,6 +211,47 @@ def test_bad_numbers_in_a_file_are_found(tmp_path):
         MiniBatchDictionaryLearning(batch_size=8, max_iter=1).fit(np.load(tmp_path / "x.npy", mmap_mode="r"))
 
 
+@pytest.mark.parametrize("module", ["pickle", "joblib"])
+def test_saved_and_loaded_they_transform_alike(data, tmp_path, module):
+    options = {"alpha": 0.2, "max_iter": 3, "random_state": 0, "transform_algorithm": "lasso_cd"}
+    models = [learner(10, warm_start=True, **options).fit(data) for learner in LEARNERS]
+    models.append(SparseCoder(models[0].components_, transform_algorithm="lasso_cd", transform_alpha=0.2).fit(data))
+    for n, model in enumerate(models):
+        if module == "pickle":
+            loaded = pickle.loads(pickle.dumps(model))
+        else:
+            path = tmp_path / f"{n}.joblib"
+            joblib.dump(model, path)
+            loaded = joblib.load(path)
+        np.testing.assert_array_equal(loaded.transform(data), model.transform(data))
+        assert loaded.get_params().keys() == model.get_params().keys()
+        loaded.fit(data)  # goes on where it can
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_interrupted_anywhere_atoms_and_statistics_belong_together(data, learner, monkeypatch):
+    update, calls = estimators.dictionary_update, []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return update(*args, **options)
+
+    monkeypatch.setattr(estimators, "dictionary_update", interrupted)
+    model = learner(10, alpha=0.2, max_iter=20, random_state=0, warm_start=True, transform_algorithm="lasso_cd")
+    with pytest.warns(UserWarning, match="interrupted"):
+        model.fit(data)
+    assert model.interrupted_
+    np.testing.assert_allclose(np.linalg.norm(model.components_, axis=1), 1, atol=1e-12)
+    before = model.transform(data)
+    steps, cost = model.n_steps_, objective(data, before, model.components_, 0.2)
+    model.fit(data)
+    assert not model.interrupted_
+    assert model.n_steps_ > steps
+    assert objective(data, model.transform(data), model.components_, 0.2) < cost
+
+
 def interrupt_at(step):
     def callback(state):
         if state["step"] == step:
@@ -310,6 +352,8 @@ def test_mistakes_are_named(data):
     ]:
         with pytest.raises(ValueError, match=message):
             fit(**options)
+    with pytest.raises(ValueError, match="transform_algorithm: expected one of 'lasso_lars', .*, got 'lars'"):
+        SparseCoder(np.ones((3, 8)), transform_algorithm="lars").transform(data)
     with pytest.raises(ValueError, match=r"code_init: expected shape \(150, 8\), got \(3, 8\)"):
         DictionaryLearning(code_init=np.ones((3, 8))).fit(data)
     with pytest.raises(ValueError, match="X: expected codes of 4 components, got 5"):

@@ -10,7 +10,7 @@ s = min(1, l1 / max_j |c_j| / weights_j), it is a sum of terms that are never ne
     gap = 1/2 (1 - s)^2 (|x - h A|^2 + l2 |h|^2) + sum_j (l1 weights_j |h_j| - s c_j h_j).
 
 Sources: Daubechies et al. 2004 (ISTA); Beck & Teboulle 2009 (FISTA); O'Donoghue & Candes 2015 (restart); Fercoq et
-al. 2015 (gap); Friedman et al. 2010 (coordinate descent); Lee et al. 2007 (exact steps on the support).
+al. 2015 (gap); Friedman et al. 2010 (coordinate descent); Lee et al. 2007 (active set of signs).
 """
 
 import functools
@@ -40,7 +40,7 @@ class SparseInfo(NamedTuple):
 
     Attributes:
         gap: duality gap relative to |x|^2, (samples,); nan for "omp" and "iht", which solve another problem.
-        iterations: of the solver, int64 (samples,); a coordinate descent counts its sweeps.
+        iterations: of the solver, int64 (samples,); "cd" counts its steps to an exact solution and its sweeps.
         status: int8 (samples,), 0 where the tolerance was met, 1 where `max_iter` came first.
     """
 
@@ -608,7 +608,7 @@ def sparse_encode(
         weights: each atom's factor on `l1`, (atoms,), above 0; 1 if None.
         positive: allow no negative codes.
         init: codes to start from, (samples, atoms).
-        solver: "cd" is coordinate descent on a working set (C++, on CPU); "fista" has restart and backtracking of each
+        solver: "cd" is an active set and coordinate descent within a working set (C++, on CPU); "fista" has restart and backtracking of each
             sample's own; "ista" neither momentum nor restart; "auto" takes "cd" where it exists, else "fista".
             "omp" (orthogonal matching pursuit) and "iht" (iterative hard thresholding) solve the problem with at most
             `n_nonzero` atoms instead.
