@@ -65,7 +65,7 @@ def interleaved_times(
     Args:
         contenders: calls by name.
         seconds: time to spend, within the bounds on the number of rounds.
-        least, most: fewest and most rounds.
+        least, most: fewest and most rounds; 3 are enough where a round takes over a second.
 
     Returns:
         Seconds a call, one number a round for each contender.
@@ -73,12 +73,17 @@ def interleaved_times(
     repeats = {}
     for name, call in contenders.items():
         for _ in range(2):
-            call()
-        repeats[name] = max(1, round(_SAMPLE_SECONDS / max(_time(call, 1), 1e-9)))
+            elapsed = _time(call, 1)
+            if elapsed > 1:  # what a second call would warm, this one has
+                break
+        else:
+            elapsed = _time(call, 1)
+        repeats[name] = max(1, round(_SAMPLE_SECONDS / max(elapsed, 1e-9)))
     start = time.perf_counter()
     for name, call in contenders.items():
         _time(call, repeats[name])
-    rounds = max(least, min(most, int(seconds / (time.perf_counter() - start))))
+    elapsed = time.perf_counter() - start
+    rounds = max(least if elapsed < 1 else 3, min(most, int(seconds / elapsed)))
     names, times = list(contenders), {name: [] for name in contenders}
     for r in range(rounds):
         # Each follows another in turn: what a call leaves in the caches helps or hurts nobody in particular.

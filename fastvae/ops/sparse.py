@@ -55,7 +55,7 @@ def shrink(x: Tensor, threshold: Tensor | float, positive: bool = False) -> Tens
     return (x - threshold).clamp_min(0) if positive else x.sign() * (x.abs() - threshold).clamp_min(0)
 
 
-def reference_gap(codes: Tensor, correlation: Tensor, residual: Tensor, l1: Tensor, weights: Tensor, l2: float,
+def reference_gap(codes: Tensor, correlation: Tensor, residual: Tensor, l1: Tensor, weights: Tensor,
                   positive: bool) -> Tensor:  # fmt: skip
     """Duality gap (samples,) from c = A r - l2 h, (samples, atoms), and |r|^2 + l2 |h|^2, (samples,)."""
     signed = correlation if positive else correlation.abs()
@@ -122,7 +122,7 @@ def reference_encode(x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor,
     for iteration in range(max_iter + 1):
         if iteration % 10 == 0 or iteration == max_iter:
             residual = squared[rows] - (h * (products[rows] + c)).sum(1) + l2 * h.square().sum(1)
-            gap[rows] = reference_gap(h, c - l2 * h, residual.clamp_min(0), l1[rows], weights, l2, positive)
+            gap[rows] = reference_gap(h, c - l2 * h, residual.clamp_min(0), l1[rows], weights, positive)
             codes[rows] = h
             open_ = gap[rows] > tol * squared[rows]
             rows = rows[open_]
@@ -458,6 +458,15 @@ def _check_codes(name: str, codes: Tensor, x: Tensor, dictionary: Tensor) -> Ten
     return codes.to(compute_dtype(x))
 
 
+def _certified(x: Tensor, dictionary: Tensor, codes: Tensor, l1: float | Tensor, l2: float,
+               weights: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
+    """Check the arguments; returns l1, weights, codes h, the residual x - h A and the correlations c."""
+    x, dictionary, l1, weights = _problem(x, dictionary, l1, weights, l2)
+    h = _check_codes("codes", codes, x, dictionary)
+    r = x - h @ dictionary
+    return l1, weights, h, r, r @ dictionary.T - l2 * h
+
+
 def _full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep autocast from lowering the products of a function whose first argument is a tensor."""
 
@@ -549,12 +558,8 @@ def duality_gap(x: Tensor, dictionary: Tensor, codes: Tensor, l1: float | Tensor
 
     Arguments as for :func:`sparse_encode`.
     """
-    x_, dictionary_, l1_, weights_ = _problem(x, dictionary, l1, weights, l2)
-    h = _check_codes("codes", codes, x, dictionary)
-    r = x_ - h @ dictionary_
-    residual = r.square().sum(1) + l2 * h.square().sum(1)
-    return reference_gap(h, r @ dictionary_.T - l2 * h, residual, l1_, weights_, l2, positive)
-
+    l1_, weights_, h, r, c = _certified(x, dictionary, codes, l1, l2, weights)
+    return reference_gap(h, c, r.square().sum(1) + l2 * h.square().sum(1), l1_, weights_, positive)
 
 @_full_precision
 def kkt_violation(x: Tensor, dictionary: Tensor, codes: Tensor, l1: float | Tensor, *, l2: float = 0.0,
@@ -563,9 +568,8 @@ def kkt_violation(x: Tensor, dictionary: Tensor, codes: Tensor, l1: float | Tens
 
     Arguments as for :func:`sparse_encode`.
     """
-    x_, dictionary_, l1_, weights_ = _problem(x, dictionary, l1, weights, l2)
-    h = _check_codes("codes", codes, x, dictionary)
-    c, threshold = (x_ - h @ dictionary_) @ dictionary_.T - l2 * h, l1_[:, None] * weights_
+    l1_, weights_, h, _, c = _certified(x, dictionary, codes, l1, l2, weights)
+    threshold = l1_[:, None] * weights_
     outside = ((c if positive else c.abs()) - threshold).clamp_min(0)
     violation = torch.where(h == 0, outside, (c - threshold * h.sign()).abs())
     if positive:
