@@ -14,11 +14,11 @@ How: on chip, a program owns 16 samples and walks the atoms in blocks: the gradi
 and at once their part of the next residual. From 2 D atoms on the product is (x - H A) A^T, below it is B - H G with
 B = x A^T. The solver keeps these correlations C at its iterates, so that one product an iteration gives the gradient
 at the momentum point (it is linear), the test of the curvature L, and the gap. One launch over rows judges every
-sample's proposal, and makes its next one. L is a sample's own: it starts at the largest squared atom, and is never
-less; a proposal steeper than L is refused and raises it; one that holds lowers it by a tenth, until 32 were refused.
-From there L only grows, at most to an upper bound of the largest eigenvalue of G, hence convergence. Every 10
-iterations, the only time the host waits, the finished are certified by a gradient made anew from x, and leave; those
-who fail it go on, to half the gap.
+sample's proposal, and makes its next one; on chip, one launch does so, products included, for 10 iterations. L is a
+sample's own: it starts at the largest squared atom, and is never less; a proposal steeper than L is refused and raises
+it; one that holds lowers it by a tenth, until 32 were refused. From there L only grows, at most to an upper bound of
+the largest eigenvalue of G, hence convergence. Every 10 iterations, the only time the host waits, the finished are
+certified by a gradient made anew from x, and leave; those who fail it go on, to half the gap.
 
 Limits: float32 alone; contiguous operands; l1 > 0 and weights > 0 where a gap is wanted. ISTA's products follow
 ``torch.set_float32_matmul_precision`` (see ``precision.py``); the solver's are IEEE float32, which reaches gaps
@@ -77,11 +77,9 @@ def ista(
     codes = x.new_zeros((rows, atoms)) if init is None else init.clone()
     if codes.numel() == 0 or max_iter == 0:
         return codes
-    width = max(triton.next_power_of_2(features), 16)
-    small = width <= _ON_CHIP_FEATURES and atoms * max(features, 16) <= _ON_CHIP_NUMBERS
-    if not small or max_iter < _ON_CHIP_ITERATIONS:
+    if not _fits_chip(dictionary) or max_iter < _ON_CHIP_ITERATIONS:
         return _ista_steps(x, dictionary, l1, step, codes, max_iter, momentum)
-    block_atoms, warps = (64, 4) if width <= 64 else (16, 8)
+    width, block_atoms, warps = _chip_blocks(features)
     _sparse_ista_kernel[(triton.cdiv(rows, _CHIP_BLOCK_N),)](
         x, dictionary, l1, step, codes, codes.clone() if momentum else codes,
         rows, features, atoms, max_iter,
@@ -217,11 +215,14 @@ def _start(problem: _Problem, x: Tensor, l1: Tensor, init: Tensor | None, tol: f
 def _solve(problem: _Problem, state: _State, tol: float, max_iter: int, codes: Tensor, gap: Tensor,
            iterations: Tensor, status: Tensor) -> None:  # fmt: skip
     """Iterate until all samples are certified, or `max_iter`; writes the last four, rows by `state.index`."""
-    for iteration in range(max_iter + 1):
-        _advance(problem, state, iteration)
-        last = iteration == max_iter
-        if not last and (iteration == 0 or iteration % _CHECK_EVERY):
-            continue
+    begin = 0
+    for stop in (*range(_CHECK_EVERY, max_iter, _CHECK_EVERY), max_iter):
+        if _fits_chip(problem.dictionary):
+            _advance_on_chip(problem, state, begin, stop + 1 - begin)
+        else:
+            for iteration in range(begin, stop + 1):
+                _advance(problem, state, iteration)
+        begin, last = stop + 1, stop == max_iter
         leaving = torch.arange(state.index.numel(), device=gap.device) if last else (state.status == 0).nonzero()[:, 0]
         if leaving.numel() == 0:
             continue
@@ -254,6 +255,32 @@ def _advance(problem: _Problem, state: _State, iteration: int) -> None:
         GRAM=int(problem.gram is not None), POSITIVE=int(problem.positive),
         BLOCK_N=block_rows, BLOCK_M=block_atoms, num_warps=4, num_stages=1,
     )  # fmt: skip
+
+
+def _advance_on_chip(problem: _Problem, state: _State, first: int, count: int) -> None:
+    """As :func:`_advance`, `count` iterations from the one numbered `first` in one launch."""
+    rows, atoms = state.proposal.shape
+    width, block_atoms, warps = _chip_blocks(state.x.shape[1])
+    _sparse_fista_chip_kernel[(triton.cdiv(rows, _CHIP_BLOCK_N),)](
+        state.x, problem.dictionary, torch.empty_like(state.proposal), state.correlation, problem.weights, state.l1,
+        state.energy, state.target, problem.lowest, problem.highest,
+        state.codes, state.codes_correlation, state.point, state.point_correlation, state.proposal,
+        state.curvature, state.momentum, state.refused, state.iterations, state.status,
+        rows, state.x.shape[1], atoms, first, count, float(problem.l2),
+        POSITIVE=int(problem.positive), BLOCK_N=_CHIP_BLOCK_N, BLOCK_M=min(block_atoms, 32), BLOCK_D=width,
+        num_warps=warps, num_stages=1,
+    )  # fmt: skip
+
+
+def _fits_chip(dictionary: Tensor) -> bool:
+    atoms, features = dictionary.shape
+    return features <= _ON_CHIP_FEATURES and atoms * max(features, 16) <= _ON_CHIP_NUMBERS
+
+
+def _chip_blocks(features: int) -> tuple[int, int, int]:
+    """Columns of a block of samples, atoms of a block of the dictionary, and warps."""
+    width = max(triton.next_power_of_2(features), 16)
+    return (width, 64, 4) if width <= 64 else (width, 16, 8)
 
 
 def _ista_steps(x: Tensor, dictionary: Tensor, l1: Tensor, step: Tensor, codes: Tensor, max_iter: int,
@@ -438,36 +465,16 @@ def _sparse_ista_step_kernel(
     tl.store(out_ptr + element, new, mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "iteration", "l2"])
-def _sparse_fista_kernel(
-    product_ptr,  # (N, M), of the proposal: H G (GRAM), or its correlations themselves
-    correlation_ptr,  # (N, M) B = x A^T
-    weights_ptr,  # (M,)
-    l1_ptr,  # (N,)
-    energy_ptr,  # (N,) |x|^2
-    target_ptr,  # (N,) the gap to reach
-    lowest_ptr,  # (1,) curvature
-    highest_ptr,  # (1,)
-    codes_ptr,  # (N, M), and all that follow in place
-    codes_correlation_ptr,  # (N, M)
-    point_ptr,  # (N, M)
-    point_correlation_ptr,  # (N, M)
-    proposal_ptr,  # (N, M)
-    curvature_ptr,  # (N,)
-    momentum_ptr,  # (N,)
-    refused_ptr,  # (N,) int32
-    iterations_ptr,  # (N,) int64
-    status_ptr,  # (N,) int8
-    rows,
-    atoms,
-    iteration,
-    l2,
-    GRAM: tl.constexpr,
-    POSITIVE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+@triton.jit
+def _judge(
+    row,  # (BLOCK_N,) int64
+    product_ptr, correlation_ptr, weights_ptr, l1_ptr, energy_ptr, target_ptr, lowest_ptr, highest_ptr, codes_ptr,
+    codes_correlation_ptr, point_ptr, point_correlation_ptr, proposal_ptr, curvature_ptr, momentum_ptr, refused_ptr,
+    iterations_ptr, status_ptr,
+    rows, atoms, iteration, l2,
+    GRAM: tl.constexpr, POSITIVE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Judge the proposals of some rows, and make their next ones; the pointers are those of the kernel below."""
     running = tl.load(status_ptr + row, mask=row < rows, other=0) != 0
     l1 = tl.load(l1_ptr + row, mask=running, other=0.0)
     # No pass over samples which have all finished.
@@ -563,3 +570,113 @@ def _sparse_fista_kernel(
     tl.store(refused_ptr + row, refused + 1, mask=running & (held == 0))
     tl.store(iterations_ptr + row, tl.zeros((BLOCK_N,), tl.int64) + iteration, mask=running)
     tl.store(status_ptr + row, tl.zeros((BLOCK_N,), tl.int8), mask=running & finished)
+
+
+@triton.jit(do_not_specialize=["rows", "iteration", "l2"])
+def _sparse_fista_kernel(
+    product_ptr,  # (N, M), of the proposal: H G (GRAM), or its correlations themselves
+    correlation_ptr,  # (N, M) B = x A^T
+    weights_ptr,  # (M,)
+    l1_ptr,  # (N,)
+    energy_ptr,  # (N,) |x|^2
+    target_ptr,  # (N,) the gap to reach
+    lowest_ptr,  # (1,) curvature
+    highest_ptr,  # (1,)
+    codes_ptr,  # (N, M), and all that follow in place
+    codes_correlation_ptr,  # (N, M)
+    point_ptr,  # (N, M)
+    point_correlation_ptr,  # (N, M)
+    proposal_ptr,  # (N, M)
+    curvature_ptr,  # (N,)
+    momentum_ptr,  # (N,)
+    refused_ptr,  # (N,) int32
+    iterations_ptr,  # (N,) int64
+    status_ptr,  # (N,) int8
+    rows,
+    atoms,
+    iteration,
+    l2,
+    GRAM: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    _judge(
+        row,
+        product_ptr, correlation_ptr, weights_ptr, l1_ptr, energy_ptr, target_ptr, lowest_ptr, highest_ptr, codes_ptr,
+        codes_correlation_ptr, point_ptr, point_correlation_ptr, proposal_ptr, curvature_ptr, momentum_ptr,
+        refused_ptr, iterations_ptr, status_ptr, rows, atoms, iteration, l2, GRAM, POSITIVE, BLOCK_N, BLOCK_M,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "first", "count", "l2"])
+def _sparse_fista_chip_kernel(
+    x_ptr,  # (N, D)
+    dictionary_ptr,  # (M, D)
+    product_ptr,  # (N, M), made here
+    correlation_ptr,  # (N, M) B = x A^T
+    weights_ptr,  # (M,)
+    l1_ptr,  # (N,)
+    energy_ptr,  # (N,) |x|^2
+    target_ptr,  # (N,) the gap to reach
+    lowest_ptr,  # (1,) curvature
+    highest_ptr,  # (1,)
+    codes_ptr,  # (N, M), and all that follow in place
+    codes_correlation_ptr,  # (N, M)
+    point_ptr,  # (N, M)
+    point_correlation_ptr,  # (N, M)
+    proposal_ptr,  # (N, M)
+    curvature_ptr,  # (N,)
+    momentum_ptr,  # (N,)
+    refused_ptr,  # (N,) int32
+    iterations_ptr,  # (N,) int64
+    status_ptr,  # (N,) int8
+    rows,
+    features,
+    atoms,
+    first,
+    count,
+    l2,
+    POSITIVE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    feature = tl.arange(0, BLOCK_D)
+    inside = (row < rows)[:, None]
+    x_mask = inside & (feature < features)[None, :]
+    x = tl.load(x_ptr + row[:, None] * features + feature[None, :], mask=x_mask, other=0.0)
+    for k in range(count):
+        running = tl.load(status_ptr + row, mask=row < rows, other=0) != 0
+        end = tl.max(running.to(tl.int32), axis=0) * atoms
+        residual = x
+        for start in range(0, end, BLOCK_M):
+            atom = start + tl.arange(0, BLOCK_M)
+            block_mask = (atom < atoms)[:, None] & (feature < features)[None, :]
+            block = tl.load(
+                dictionary_ptr + atom[:, None] * features + feature[None, :], mask=block_mask, other=0.0
+            )  # fmt: skip
+            element, mask = row[:, None] * atoms + atom[None, :], inside & (atom < atoms)[None, :]
+            proposal = tl.load(proposal_ptr + element, mask=mask, other=0.0)
+            residual = tl.dot(-proposal, block, residual, input_precision="ieee")
+        for start in range(0, end, BLOCK_M):
+            atom = start + tl.arange(0, BLOCK_M)
+            block_mask = (atom < atoms)[:, None] & (feature < features)[None, :]
+            block = tl.load(
+                dictionary_ptr + atom[:, None] * features + feature[None, :], mask=block_mask, other=0.0
+            )  # fmt: skip
+            element, mask = row[:, None] * atoms + atom[None, :], inside & (atom < atoms)[None, :]
+            product = tl.dot(residual, tl.trans(block), input_precision="ieee")
+            tl.store(product_ptr + element, product, mask=mask)
+        # What one thread has stored another may load.
+        tl.debug_barrier()
+        _judge(
+            row,
+            product_ptr, correlation_ptr, weights_ptr, l1_ptr, energy_ptr, target_ptr, lowest_ptr, highest_ptr,
+            codes_ptr, codes_correlation_ptr, point_ptr, point_correlation_ptr, proposal_ptr, curvature_ptr,
+            momentum_ptr, refused_ptr, iterations_ptr, status_ptr, rows, atoms, first + k, l2,
+            0, POSITIVE, BLOCK_N, BLOCK_M,
+        )  # fmt: skip
+        tl.debug_barrier()

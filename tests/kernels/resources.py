@@ -169,7 +169,10 @@ def _ista(sizes: _Sizes, atoms: int, features: int) -> None:
 def _fista(sizes: _Sizes, atoms: int, features: int, positive: bool = False) -> None:
     x, l1, weights = _tensor(sizes.rows, features), _tensor(sizes.rows), _tensor(atoms)
     problem = sparse._Problem.of(_tensor(atoms, features), weights, 0.5 * sizes.steps, positive)
-    sparse._advance(problem, sparse._start(problem, x, l1, None, 1e-4), sizes.steps)
+    state = sparse._start(problem, x, l1, None, 1e-4)
+    sparse._advance(problem, state, sizes.steps)
+    if sparse._fits_chip(problem.dictionary):
+        sparse._advance_on_chip(problem, state, sizes.steps, 10 * sizes.steps)
 
 
 def _tf32(family: Callable[[_Sizes, torch.dtype], None], sizes: _Sizes) -> None:
@@ -202,6 +205,7 @@ _CASES: dict[str, Callable[[_Sizes], None]] = {
     "257 atoms of 300 features": lambda n: _ista(n, 257, 300),
     "solving 256 atoms of 64 features": lambda n: _fista(n, 256, 64),
     "solving 65 atoms of 33 features": lambda n: _fista(n, 65, 33, True),
+    "solving 128 atoms of 256 features": lambda n: _fista(n, 128, 256),
     "solving 2048 atoms of 256 features": lambda n: _fista(n, 2048, 256),
 }
 

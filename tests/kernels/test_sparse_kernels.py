@@ -179,10 +179,14 @@ def test_ista_step_addresses_beyond_32_bits(tmp_path: Path, device: str) -> None
 
 
 @pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("on_chip", [True, False])
 @pytest.mark.parametrize("positive", [False, True])
 @pytest.mark.parametrize("regular", [False, True], ids=["lasso", "weights and l2"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 9, 33), (7, 20, 16)], ids=str)
-def test_solver_is_certified(shape: tuple[int, int, int], regular: bool, positive: bool, device: str) -> None:
+def test_solver_is_certified(shape: tuple[int, int, int], regular: bool, positive: bool, on_chip: bool, device: str,
+                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    if not on_chip:
+        monkeypatch.setattr(sparse, "_ON_CHIP_NUMBERS", 0)
     operands = _operands(*shape, level=0.4)
     more = (0.3, 0.5 + torch.rand(shape[2])) if regular else (0.0, None)
     problem = _Lasso(*operands, *more, positive)
@@ -190,8 +194,22 @@ def test_solver_is_certified(shape: tuple[int, int, int], regular: bool, positiv
 
 
 @pytest.mark.usefixtures("poison")
+def test_on_chip_the_iterates_are_those_of_single_steps(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = _Lasso(*_operands(17, 5, 65, level=0.7), 0.1, 0.5 + torch.rand(65))  # two blocks of samples and of atoms
+    launches, advance = [], sparse._advance_on_chip
+    monkeypatch.setattr(sparse, "_advance_on_chip", lambda *args: (launches.append(args[2:]), advance(*args)))
+    on_chip = problem.solve(1e-6, 12, device=device)
+    assert launches == [(0, 11), (11, 2)]
+    monkeypatch.setattr(sparse, "_ON_CHIP_NUMBERS", 0)
+    single = problem.solve(1e-6, 12, device=device)
+    torch.testing.assert_close(on_chip[0], single[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(on_chip[2], single[2])
+
+
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("positive", [False, True])
 def test_solver_walks_rows_in_tiles(positive: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "_ON_CHIP_NUMBERS", 0)
     problem = _Lasso(*_operands(1, 17, 257, level=0.6), 0.1, 0.5 + torch.rand(257), positive)
     whole = problem.solve(1e-3, device=device)
     monkeypatch.setattr(sparse, "_ROW_TILE", 128)
@@ -257,6 +275,7 @@ def test_warm_start(device: str) -> None:
 
 @pytest.mark.usefixtures("poison")
 def test_each_step_is_within_its_curvature(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "_ON_CHIP_NUMBERS", 0)
     x, dictionary, l1 = _operands(3, 9, 33, level=0.2)
     hessian = dictionary.double() @ dictionary.double().T + 0.5 * torch.eye(33)
     steps, refusals, advance = [], [], sparse._advance
@@ -313,6 +332,7 @@ def test_max_iter_is_flagged(max_iter: int, device: str) -> None:
 
 @pytest.mark.usefixtures("poison")
 def test_samples_leave_when_done_and_land_in_their_place(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "_ON_CHIP_NUMBERS", 0)
     x, dictionary, l1 = _operands(9, 12, 33)
     l1 *= torch.logspace(-0.2, 0.6, 9)  # from hard to nothing to do
     problem = _Lasso(x, dictionary, l1)
@@ -332,6 +352,7 @@ def test_samples_leave_when_done_and_land_in_their_place(device: str, monkeypatc
 
 @pytest.mark.usefixtures("poison")
 def test_a_wrong_gradient_is_not_certified(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "_ON_CHIP_NUMBERS", 0)
     problem, multiply = _Lasso(*_operands(3, 9, 12)), sparse._Problem.multiply
     monkeypatch.setattr(sparse._Problem, "multiply", lambda self, codes, x: 1.02 * multiply(self, codes, x))
     codes, gap, iterations, status = problem.solve(1e-5, 35, device=device)
@@ -350,6 +371,7 @@ def test_nan_is_never_certified(device: str) -> None:
 
 
 def test_host_waits_every_ten_iterations_at_most(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "_ON_CHIP_NUMBERS", 0)
     at, iteration = [], [0]
     nonzero, advance = Tensor.nonzero, sparse._advance
 
