@@ -352,7 +352,7 @@ def test_mistakes_are_named(data):
     ]:
         with pytest.raises(ValueError, match=message):
             fit(**options)
-    with pytest.raises(ValueError, match="transform_algorithm: expected one of 'lasso_lars', .*, got 'lars'"):
+    with pytest.raises(ValueError, match=r"transform_algorithm: expected one of 'lasso_lars', .*, got 'lars'"):
         SparseCoder(np.ones((3, 8)), transform_algorithm="lars").transform(data)
     with pytest.raises(ValueError, match=r"code_init: expected shape \(150, 8\), got \(3, 8\)"):
         DictionaryLearning(code_init=np.ones((3, 8))).fit(data)

@@ -561,6 +561,7 @@ def duality_gap(x: Tensor, dictionary: Tensor, codes: Tensor, l1: float | Tensor
     l1_, weights_, h, r, c = _certified(x, dictionary, codes, l1, l2, weights)
     return reference_gap(h, c, r.square().sum(1) + l2 * h.square().sum(1), l1_, weights_, positive)
 
+
 @_full_precision
 def kkt_violation(x: Tensor, dictionary: Tensor, codes: Tensor, l1: float | Tensor, *, l2: float = 0.0,
                   weights: Tensor | None = None, positive: bool = False) -> Tensor:  # fmt: skip
@@ -612,8 +613,9 @@ def sparse_encode(
         weights: each atom's factor on `l1`, (atoms,), above 0; 1 if None.
         positive: allow no negative codes.
         init: codes to start from, (samples, atoms).
-        solver: "cd" is an active set and coordinate descent within a working set (C++, on CPU); "fista" has restart and backtracking of each
-            sample's own; "ista" neither momentum nor restart; "auto" takes "cd" where it exists, else "fista".
+        solver: "cd" is an active set and coordinate descent within a working set (C++, on CPU); "fista" has restart and
+            backtracking of each sample's own; "ista" neither momentum nor restart; "auto" takes "cd" where it exists,
+            else "fista".
             "omp" (orthogonal matching pursuit) and "iht" (iterative hard thresholding) solve the problem with at most
             `n_nonzero` atoms instead.
         tol: relative duality gap to reach; None is 1e-4, or what the dtype can reach.
