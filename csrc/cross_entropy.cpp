@@ -21,7 +21,7 @@
 namespace fastvae::FASTVAE_ISA {
 namespace {
 
-constexpr int64_t kChunk = 192;
+constexpr int64_t kChunk = 192, kSlice = 256;
 constexpr int kPanel = kAccumulators >= 24 ? 4 : 2, kRows = kAccumulators / kPanel;  // vectors and rows of a tile
 
 FASTVAE_INLINE int team_size() {
@@ -114,42 +114,49 @@ struct Product {
   int64_t c_row;
   bool add;
 
-  void at(int64_t row, int64_t count, int64_t first, int64_t vectors) const {
+  // `depth` steps of the inner dimension from `k` on, for a tile.
+  void at(int64_t row, int64_t count, int64_t first, int64_t vectors, int64_t k, int64_t depth) const {
     constexpr int64_t kW = kWidth<T>;
     const int64_t column = first * kW, wide = vectors * kW;
-    const T *const left = a + row * a_row, *const right = b + column * inner;
+    const T *const left = a + row * a_row + k * a_step, *const right = b + column * inner + k * wide;
     T *const out = c + row * c_row + column;
+    const bool more = add || k > 0;
     if (column + wide <= columns) {
-      return multiply_tile_of<T, kRows, kPanel>(count, vectors, inner, left, a_row, a_step, right, out, c_row, add);
+      return multiply_tile_of<T, kRows, kPanel>(count, vectors, depth, left, a_row, a_step, right, out, c_row, more);
     }
     alignas(kVectorBytes) T padded[kAccumulators * kWidth<T>] = {};
     const int64_t valid = columns - column;
-    if (add) {
+    if (more) {
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t v = 0; v < valid; ++v) padded[r * wide + v] = out[r * c_row + v];
       }
     }
-    multiply_tile_of<T, kRows, kPanel>(count, vectors, inner, left, a_row, a_step, right, padded, wide, add);
+    multiply_tile_of<T, kRows, kPanel>(count, vectors, depth, left, a_row, a_step, right, padded, wide, more);
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t v = 0; v < valid; ++v) out[r * c_row + v] = padded[r * wide + v];
     }
   }
-  // For an A whose rows lie behind each other, which comes from memory: the next rows are asked for in good time.
+  // For an A that comes from memory: the next rows are asked for in good time. In slices of the inner dimension, whose
+  // B stays in the second cache.
   void by_rows() const {
     constexpr int64_t kLine = 64 / int64_t(sizeof(T));
-    const T *const end = a + rows * a_row;
-    parts<kRows>(rows, [&](int64_t row, int64_t count) {
-      const T *next = a + (row + count) * a_row;
-      parts<kPanel>(round_up(columns, kWidth<T>) / kWidth<T>, [&](int64_t first, int64_t vectors) {
-        const T *const until = min(next + (count * a_row * vectors * kWidth<T> / columns + kLine), end);
-        for (; next < until; next += kLine) __builtin_prefetch(next);
-        at(row, count, first, vectors);
+    const int64_t panels = (round_up(columns, kWidth<T>) / kWidth<T> + kPanel - 1) / kPanel;
+    parts<kSlice>(inner, [&](int64_t k, int64_t depth) {
+      parts<kRows>(rows, [&](int64_t row, int64_t count) {
+        const int64_t row_lines = (depth + kLine - 1) / kLine, ahead = min(count, rows - row - count) * row_lines;
+        int64_t line = 0, panel = 0;
+        parts<kPanel>(round_up(columns, kWidth<T>) / kWidth<T>, [&](int64_t first, int64_t vectors) {
+          for (const int64_t until = ahead * ++panel / panels; line < until; ++line) {
+            __builtin_prefetch(a + (row + count + line / row_lines) * a_row + k + line % row_lines * kLine);
+          }
+          at(row, count, first, vectors, k, depth);
+        });
       });
     });
   }
   void by_panels() const {
     parts<kPanel>(round_up(columns, kWidth<T>) / kWidth<T>, [&](int64_t first, int64_t vectors) {
-      parts<kRows>(rows, [&](int64_t row, int64_t count) { at(row, count, first, vectors); });
+      parts<kRows>(rows, [&](int64_t row, int64_t count) { at(row, count, first, vectors, 0, inner); });
     });
   }
 };

@@ -32,9 +32,10 @@ from fastvae.ops.backend import (
 )
 from fastvae.ops.checks import check_choice, check_float, check_index, check_like, check_shape
 
+_SLICE = 256  # of hidden that the core goes through at a time (kSlice)
 _BLOCK_LOGITS = 2_500_000  # logits of a block of rows that are kept for its gradients: 10 MB of float32
 _MIN_BLOCK_ROWS = 160  # below this the products are bound by reading the weight and adding to its gradient
-_BLOCK_HIDDEN = 1 << 17  # numbers of a block of rows of hidden, to stay in the second cache
+_BLOCK_HIDDEN = 1 << 17  # numbers of a block of rows of hidden, a slice of it, to stay in the second cache
 _KEPT_SCRATCH = 4 << 20  # bytes
 
 
@@ -137,7 +138,7 @@ def _cpu(
     grad_weight = large(losses.new_empty(vocabulary, size)) if need_weight else None
     grad_bias = losses.new_empty(vocabulary) if need_weight and bias is not None else None
 
-    most = max(64, _BLOCK_HIDDEN // max(size, 1))
+    most = max(64, _BLOCK_HIDDEN // min(max(size, 1), _SLICE))
     if not known and (need_hidden or need_weight):
         most = min(most, max(_MIN_BLOCK_ROWS, _BLOCK_LOGITS // max(vocabulary, 1)))
     blocks = max(-(-rows // most), 1)
