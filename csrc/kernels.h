@@ -83,6 +83,33 @@ struct LSTMBackward {
   void *packed_weight;      // scratch, (4 hidden, hidden rounded up to a multiple of 32)
 };
 
+// Rows of gates are m, r, z, n; "by sequence" counts samples * batch sequences.
+struct GRUForward {
+  bool is_double;
+  PackedPlan plan;
+  const void *inputs;  // (total, 3 hidden), the input's share of r, z, n; rows input_stride apart
+  int64_t input_stride;
+  const void *static_gates;  // (samples * batch, 4 hidden), by sequence
+  const void *h0;            // (samples * batch, hidden), by sequence
+  const void *weight_hh;     // (3 hidden, hidden)
+  void *gates;               // (total * samples, 4 hidden), or null; `inputs` may be its last three of one sample
+  void *hidden;              // (samples * batch, time, hidden), zero in the padding
+  void *h_n;                 // (samples * batch, hidden), by sequence
+  void *states;              // scratch, (2, samples * batch, hidden)
+  void *packed_weight;       // scratch, (hidden, 3, hidden rounded up to a multiple of 16)
+};
+struct GRUBackward {
+  bool is_double;
+  PackedPlan plan;
+  const void *grad_hidden, *grad_h_n;  // as hidden and h_n, or null for zeros
+  const void *gates, *hidden, *h0, *weight_hh;
+  void *grad_gates;         // (total * samples, 4 hidden), before the activations
+  void *grad_static_gates;  // (samples * batch, 4 hidden), by sequence
+  void *grad_h0;            // (samples * batch, hidden), by sequence
+  void *before;             // (total * samples, hidden), the state before each row
+  void *packed_weight;      // scratch, (3 hidden, hidden rounded up to a multiple of 32)
+};
+
 // Makes the plan of a batch and its words after word dropout. Returns `total`, or kBadLength - sequence or
 // kBadToken - element for what is out of range.
 constexpr int64_t kBadLength = -1, kBadToken = INT64_MIN / 2;
@@ -153,6 +180,8 @@ struct Kernels {
   int64_t (*pack_words)(const WordPacking &);
   void (*lstm_forward)(const LSTMForward &);
   void (*lstm_backward)(const LSTMBackward &);
+  void (*gru_forward)(const GRUForward &);
+  void (*gru_backward)(const GRUBackward &);
   void (*sparse_encode)(const SparseEncode &);
   void (*sparse_solve_support)(const SparseSupport &);
   int64_t (*sparse_workspace)(bool is_double, int64_t atoms, int64_t capacity);  // bytes

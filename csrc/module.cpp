@@ -155,6 +155,28 @@ PYBIND11_MODULE(_C, m) {
       release);
 
   m.def(
+      "gru_forward",
+      [](bool is_double, int64_t batch, int64_t samples, int64_t time, int64_t hidden, Address lengths, Address order,
+         Address active, Address start, Address inputs, int64_t input_stride, Address static_gates, Address h0,
+         Address weight_hh, Address gates, Address hidden_states, Address h_n, Address states, Address packed_weight) {
+        kernels().gru_forward({is_double, plan(batch, samples, time, hidden, lengths, order, active, start), at(inputs),
+                               input_stride, at(static_gates), at(h0), at(weight_hh), at(gates), at(hidden_states),
+                               at(h_n), at(states), at(packed_weight)});
+      },
+      release);
+  m.def(
+      "gru_backward",
+      [](bool is_double, int64_t batch, int64_t samples, int64_t time, int64_t hidden, Address lengths, Address order,
+         Address active, Address start, Address grad_hidden, Address grad_h_n, Address gates, Address hidden_states,
+         Address h0, Address weight_hh, Address grad_gates, Address grad_static_gates, Address grad_h0, Address before,
+         Address packed_weight) {
+        kernels().gru_backward({is_double, plan(batch, samples, time, hidden, lengths, order, active, start),
+                                at(grad_hidden), at(grad_h_n), at(gates), at(hidden_states), at(h0), at(weight_hh),
+                                at(grad_gates), at(grad_static_gates), at(grad_h0), at(before), at(packed_weight)});
+      },
+      release);
+
+  m.def(
       "sparse_encode",
       [](bool is_double, Address gram, Address products, Address squared, Address l1, Address weights, Address init,
          double l2, double tol, bool positive, int64_t samples, int64_t atoms, int64_t max_iter, int64_t capacity,

@@ -13,6 +13,8 @@ int64_t cross_entropy_workspace(const CrossEntropy &);
 int64_t pack_words(const WordPacking &);
 void lstm_forward(const LSTMForward &);
 void lstm_backward(const LSTMBackward &);
+void gru_forward(const GRUForward &);
+void gru_backward(const GRUBackward &);
 void sparse_encode(const SparseEncode &);
 void sparse_solve_support(const SparseSupport &);
 int64_t sparse_workspace(bool is_double, int64_t atoms, int64_t capacity);
@@ -30,6 +32,8 @@ const Kernels table = {
     pack_words,
     lstm_forward,
     lstm_backward,
+    gru_forward,
+    gru_backward,
     sparse_encode,
     sparse_solve_support,
     sparse_workspace,

@@ -3,6 +3,7 @@
 from fastvae.ops.cross_entropy import bag_of_words_loss, linear_cross_entropy
 from fastvae.ops.dictionary import dictionary_update
 from fastvae.ops.gaussian import gaussian_kl, gaussian_sample_kl
+from fastvae.ops.gru import gru, gru_decode
 from fastvae.ops.lstm import lstm, lstm_decode
 from fastvae.ops.sparse import (
     duality_gap,
@@ -24,6 +25,8 @@ __all__ = [
     "fista",
     "gaussian_kl",
     "gaussian_sample_kl",
+    "gru",
+    "gru_decode",
     "ista",
     "ista_step",
     "kkt_violation",

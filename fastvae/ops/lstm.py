@@ -485,15 +485,58 @@ def _decode(
     weight_hh: Tensor,
     bias: Tensor | None,
     lengths: Tensor | None,
-    *,
-    word_dropout: float,
-    unk_index: int | None = None,
-    generator: torch.Generator | None = None,
-    seed: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # `source` is what the caller calls the embedding.
     check_float(source, embedding)
     embedding, weight_ih, weight_hh, bias = in_autocast_dtype(embedding, weight_ih, weight_hh, bias)
+    sequences, lengths, seed, word_dropout, unk_index = check_recurrence(
+        source, 4, tokens, z, {"h0": h0, "c0": c0}, embedding, weight_ih, weight_hh, {"bias": bias}, lengths, **options
+    )
+    batch, embed_size, hidden_size = tokens.shape[0], embedding.shape[1], weight_hh.shape[1]
+    if c0 is h0:  # Dynamo refuses one tensor given twice to an autograd function
+        c0 = h0.view_as(h0)
+    rows = sequences[0] * batch if len(sequences) == 2 else batch
+    # A latent's contribution does not change from step to step: one product per sequence.
+    static_gates = embedding.new_zeros((rows, 4 * hidden_size)) if bias is None else bias.expand(rows, -1)
+    if z is not None:
+        static_gates = F.linear(z.reshape(rows, z.shape[-1]).to(embedding.dtype), weight_ih[:, embed_size:], bias)
+    static_gates = static_gates.to(compute_dtype(embedding))
+    h0, c0 = (state.reshape(rows, hidden_size).to(embedding.dtype) for state in (h0, c0))
+    weight_input = weight_ih[:, :embed_size]
+    if not torch.is_grad_enabled():  # needs_input_grad ignores it: the gates would be kept for nobody
+        static_gates, h0, c0, embedding, weight_input, weight_hh = (
+            t.detach() for t in (static_gates, h0, c0, embedding, weight_input, weight_hh)
+        )
+    hidden, h_n, c_n = _LSTMDecode.apply(
+        tokens, lengths, static_gates, h0, c0, embedding, weight_input, weight_hh, seed, word_dropout, unk_index
+    )  # fmt: skip
+    if len(sequences) == 1:
+        return hidden, h_n, c_n
+    return tuple(t.reshape(*sequences, *t.shape[1:]) for t in (hidden, h_n, c_n))
+
+
+def check_recurrence(
+    source: str,
+    gates: int,
+    tokens: Tensor,
+    z: Tensor | None,
+    states: dict[str, Tensor],
+    embedding: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    biases: dict[str, Tensor | None],
+    lengths: Tensor | None,
+    word_dropout: float,
+    unk_index: int | None = None,
+    generator: torch.Generator | None = None,
+    seed: Tensor | None = None,
+) -> tuple[tuple[int, ...], Tensor, Tensor, float, int]:
+    """Check the operands of a recurrence of `gates` gates, the embedding called `source`, and fill in what is None.
+
+    Returns:
+        ([samples,] batch) of the states, lengths, seed, word_dropout and unk_index.
+    """
     check_index("tokens", tokens, source, embedding)
     check_like("weight_hh", weight_hh, source, embedding)
     if z is not None:
@@ -502,11 +545,11 @@ def _decode(
     for name, tensor, meaning in (
         ("tokens", tokens, "(batch, time)"),
         ("embedding", embedding, "(vocabulary, embed)"),
-        ("weight_hh", weight_hh, "(4 * hidden, hidden)"),
+        ("weight_hh", weight_hh, f"({gates} * hidden, hidden)"),
     ):
         if tensor.dim() != 2:
             raise ValueError(f"{name}: expected shape {meaning}, got {tuple(tensor.shape)}")
-    sampled, name = (h0, "h0") if z is None else (z, "z")
+    sampled, name = (states["h0"], "h0") if z is None else (z, "z")
     if sampled.dim() not in (2, 3):
         size = "hidden" if z is None else "latent"
         meaning = f"(batch, {size}) or (samples, batch, {size})"
@@ -514,19 +557,21 @@ def _decode(
     (batch, time), hidden_size, embed_size = tokens.shape, weight_hh.shape[1], embedding.shape[1]
     latent, sequences = 0 if z is None else z.shape[-1], (*sampled.shape[:-2], batch)
     layout = "(batch, hidden)" if sampled.dim() == 2 else "(samples, batch, hidden)"
-    check_shape("weight_hh", weight_hh, (4 * hidden_size, hidden_size), "(4 * hidden, hidden)")
+    rows = gates * hidden_size
+    check_shape("weight_hh", weight_hh, (rows, hidden_size), f"({gates} * hidden, hidden)")
     check_like("weight_ih", weight_ih, source, embedding)
     inputs = "features" if source == "inputs" else "embed + latent"
-    check_shape("weight_ih", weight_ih, (4 * hidden_size, embed_size + latent), f"(4 * hidden, {inputs})")
-    for name, state in (("h0", h0), ("c0", c0)):
+    check_shape("weight_ih", weight_ih, (rows, embed_size + latent), f"({gates} * hidden, {inputs})")
+    for name, state in states.items():
         check_float(name, state)
         check_device(name, state, source, embedding)
         check_shape(name, state, (*sequences, hidden_size), layout)
     if z is not None:
         check_shape("z", z, (*sequences, latent), layout.replace("hidden", "latent"))
-    if bias is not None:
-        check_like("bias", bias, source, embedding)
-        check_shape("bias", bias, (4 * hidden_size,), "(4 * hidden,)")
+    for name, bias in biases.items():
+        if bias is not None:
+            check_like(name, bias, source, embedding)
+            check_shape(name, bias, (rows,), f"({gates} * hidden,)")
     if lengths is None:
         lengths = torch.full((batch,), time, dtype=torch.int64, device=tokens.device)
     else:
@@ -546,25 +591,4 @@ def _decode(
         seed = draw_seed(tokens.device, generator)
     else:
         seed = torch.zeros(1, dtype=torch.int64, device=tokens.device)
-
-    if c0 is h0:  # Dynamo refuses one tensor given twice to an autograd function
-        c0 = h0.view_as(h0)
-    rows = sequences[0] * batch if len(sequences) == 2 else batch
-    # A latent's contribution does not change from step to step: one product per sequence.
-    static_gates = embedding.new_zeros((rows, 4 * hidden_size)) if bias is None else bias.expand(rows, -1)
-    if z is not None:
-        static_gates = F.linear(z.reshape(rows, latent).to(embedding.dtype), weight_ih[:, embed_size:], bias)
-    static_gates = static_gates.to(compute_dtype(embedding))
-    h0, c0 = (state.reshape(rows, hidden_size).to(embedding.dtype) for state in (h0, c0))
-    weight_input = weight_ih[:, :embed_size]
-    if not torch.is_grad_enabled():  # needs_input_grad ignores it: the gates would be kept for nobody
-        static_gates, h0, c0, embedding, weight_input, weight_hh = (
-            t.detach() for t in (static_gates, h0, c0, embedding, weight_input, weight_hh)
-        )
-    hidden, h_n, c_n = _LSTMDecode.apply(
-        tokens, lengths, static_gates, h0, c0, embedding, weight_input, weight_hh, seed, word_dropout,
-        -1 if unk_index is None else unk_index,
-    )  # fmt: skip
-    if len(sequences) == 1:
-        return hidden, h_n, c_n
-    return tuple(t.reshape(*sequences, *t.shape[1:]) for t in (hidden, h_n, c_n))
+    return sequences, lengths, seed, word_dropout, -1 if unk_index is None else unk_index

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastvae.kernels import cross_entropy, gaussian, lstm, sparse
+from fastvae.kernels import cross_entropy, gaussian, gru, lstm, sparse
 
 ARCHITECTURES = (80, 90)
 TABLE = Path(__file__).parents[2] / "kernels" / "RESOURCES.md"
@@ -161,6 +161,15 @@ def _lstm(sizes: _Sizes, dtype: torch.dtype) -> None:
     lstm.backward(hidden, h_n, c_n, hidden, gates, cells, tokens, lengths, *weights)
 
 
+def _gru(sizes: _Sizes, dtype: torch.dtype) -> None:
+    tokens, lengths = _tensor(*sizes, dtype=torch.int64), _tensor(sizes.rows, dtype=torch.int64)
+    state, embedding = _tensor(2 * sizes.rows, 256, dtype=dtype), _tensor(10000, 256, dtype=dtype)
+    weight, seed = _tensor(768, 256, dtype=dtype), _tensor(1, dtype=torch.int64)
+    weights = (state, embedding, weight, weight, seed, 0.3, 1)
+    hidden, h_n, gates = gru.forward(tokens, lengths, _tensor(2 * sizes.rows, 1024), *weights, True)
+    gru.backward(hidden, h_n, hidden, gates, tokens, lengths, *weights)
+
+
 def _ista(sizes: _Sizes, atoms: int, features: int) -> None:
     x, dictionary, l1 = _tensor(sizes.rows, features), _tensor(atoms, features), _tensor(sizes.rows)
     sparse.ista(x, dictionary, l1, _tensor(1), _tensor(sizes.rows, atoms), sizes.steps + 2, True)
@@ -196,6 +205,9 @@ _CASES: dict[str, Callable[[_Sizes], None]] = {
     "LSTM in float32": lambda n: _lstm(n, torch.float32),
     "LSTM in TF32": lambda n: _tf32(_lstm, n),
     "LSTM in bfloat16": lambda n: _lstm(n, torch.bfloat16),
+    "GRU in float32": lambda n: _gru(n, torch.float32),
+    "GRU in TF32": lambda n: _tf32(_gru, n),
+    "GRU in bfloat16": lambda n: _gru(n, torch.bfloat16),
     "256 atoms of 64 features": lambda n: _ista(n, 256, 64),
     "256 atoms of 64 features in TF32": lambda n: _tf32(lambda n, _: _ista(n, 256, 64), n),
     "65 atoms of 33 features": lambda n: _ista(n, 65, 33),

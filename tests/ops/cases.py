@@ -16,6 +16,8 @@ from fastvae.functional import (
     fista,
     gaussian_kl,
     gaussian_sample_kl,
+    gru,
+    gru_decode,
     ista,
     linear_cross_entropy,
     lstm,
@@ -81,6 +83,30 @@ def _dense_lstm_inputs(dtype, batch):
     return {"inputs": inputs} | {n: t for n, t in tensors.items() if n not in ("tokens", "z", "embedding", "seed")}
 
 
+def _gru_inputs(dtype, batch, samples=2):
+    random, (time, vocabulary, embed, latent, size) = torch.Generator().manual_seed(batch), (6, 19, 7, 3, 33)
+    shapes = {
+        "z": (samples, batch, latent),
+        "h0": (samples, batch, size),
+        "embedding": (vocabulary, embed),
+        "weight_ih": (3 * size, embed + latent),
+        "weight_hh": (3 * size, size),
+        "bias_ih": (3 * size,),
+        "bias_hh": (3 * size,),
+    }
+    tensors = {name: (0.3 * torch.randn(shape, generator=random)).to(dtype) for name, shape in shapes.items()}
+    tokens = torch.randint(0, vocabulary, (batch, time), generator=random)
+    lengths = torch.arange(batch) % (time + 1)
+    return tensors | {"tokens": tokens, "lengths": lengths, "seed": torch.tensor([7])}
+
+
+def _dense_gru_inputs(dtype, batch):
+    tensors = _gru_inputs(dtype, batch, samples=1)
+    wanted = {name: tensors[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "lengths")}
+    inputs = torch.randn(batch, 6, 10, generator=torch.Generator().manual_seed(batch)).to(dtype)
+    return wanted | {"inputs": inputs, "h0": tensors["h0"][0]}
+
+
 def _top_k_encode_inputs(dtype, batch):
     random = torch.Generator().manual_seed(batch)
     shapes = {"x": (batch, 33), "weight": (257, 33), "bias": (257,)}
@@ -115,6 +141,8 @@ CASES = {
     ),
     "lstm_decode": Case(lambda **tensors: lstm_decode(**tensors, word_dropout=0.4, unk_index=1), _lstm_inputs),
     "lstm": Case(lstm, _dense_lstm_inputs),
+    "gru_decode": Case(lambda **tensors: gru_decode(**tensors, word_dropout=0.4, unk_index=1), _gru_inputs),
+    "gru": Case(gru, _dense_gru_inputs),
     "ista": Case(lambda **tensors: (ista(**tensors, step=0.05, max_iter=6),), _ista_inputs),
     "fista": Case(lambda **tensors: (fista(**tensors, step=0.05, max_iter=6),), _ista_inputs),
     "top_k_encode": Case(lambda **tensors: (top_k_encode(**tensors, k=5)[0],), _top_k_encode_inputs),

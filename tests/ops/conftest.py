@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastvae.ops import backend as backend_module
-from fastvae.ops import cross_entropy, gaussian, lstm, sparse
+from fastvae.ops import cross_entropy, gaussian, gru, lstm, sparse
 
 REFERENCES = {
     "gaussian_sample_kl": gaussian.reference_sample_kl,
@@ -15,6 +15,8 @@ REFERENCES = {
     "linear_cross_entropy_backward": cross_entropy.reference_backward,
     "lstm_decode": lstm._reference_op,
     "lstm_decode_backward": lstm.reference_backward,
+    "gru_decode": gru._reference_op,
+    "gru_decode_backward": gru.reference_backward,
     "ista": sparse.reference_ista,
 }
 
@@ -23,7 +25,7 @@ REFERENCES = {
 def backend(request, monkeypatch):
     """Run the test on the C++ core and on the reference, both with CPU tensors."""
     if request.param == "reference":
-        for module in (cross_entropy, lstm):
+        for module in (cross_entropy, gru, lstm):
             monkeypatch.setattr(module, "CORE", None)
         with torch.library._scoped_library("fastvae", "IMPL") as library:
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it overrides

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from cases import CASES, backward, leaves, results
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from fastvae.functional import gaussian_sample_kl, linear_cross_entropy, lstm_decode
@@ -43,7 +44,7 @@ def test_inductor(name, compiler):
 
 @every_case
 def test_dynamic_shapes_compile_once(name, compiler):
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = compiler(CASES[name].call, fullgraph=True, dynamic=True, backend=counter)
     for batch in (9, 14, 33):
         inputs = leaves(CASES[name], batch=batch)

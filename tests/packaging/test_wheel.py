@@ -45,6 +45,10 @@ tokens, states = torch.tensor([[2, 1, 3]]), torch.zeros(1, 5)
 weights = torch.randn(6, 4), torch.randn(20, 7), torch.randn(20, 5), torch.zeros(20)
 hidden, h, c = F.lstm_decode(tokens, torch.randn(1, 3), states, states, *weights)
 assert hidden.shape == (1, 3, 5) and torch.equal(hidden[:, -1], h) and c.abs().sum() > 0
+weights = torch.randn(15, 7), torch.randn(15, 5), torch.zeros(15), torch.zeros(15)
+hidden, h = F.gru_decode(tokens, torch.randn(1, 3), states, torch.randn(6, 4), *weights)
+assert hidden.shape == (1, 3, 5) and torch.equal(hidden[:, -1], h) and h.abs().sum() > 0
+assert torch.equal(F.gru(torch.zeros(1, 3, 7), states, *weights)[0], torch.zeros(1, 3, 5))
 x, atoms = torch.tensor([[3.0, 0.5]]), torch.eye(2)
 assert F.soft_threshold(x, 1.0).tolist() == [[2, 0]]
 codes = F.sparse_encode(x, atoms, 1.0)
