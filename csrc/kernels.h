@@ -110,6 +110,42 @@ struct GRUBackward {
   void *packed_weight;      // scratch, (3 hidden, hidden rounded up to a multiple of 32)
 };
 
+// "By sequence" counts samples * batch sequences. norm_gates: gain of the input's share, gain of the recurrence's, bias
+// (3, 4 hidden); norm_cell: gain and bias (2, hidden). Without `keep`, normalized, inverses and cells are scratch with
+// a row for each sequence.
+struct LayerNormLSTMForward {
+  bool is_double, keep;
+  PackedPlan plan;
+  double epsilon;
+  const void *inputs;         // (total, 4 hidden), the tokens' share before it is normalized
+  const void *static_inputs;  // (samples * batch, 4 hidden), by sequence: added to it
+  const void *h0, *c0;        // (samples * batch, hidden), by sequence
+  const void *weight_hh, *norm_gates, *norm_cell;
+  void *normalized;     // (samples * total, 2, 4 hidden): the recurrence's share, the input's
+  void *inverses;       // (samples * total, 2): of their standard deviations
+  void *cells;          // (samples * total, hidden)
+  void *hidden;         // (samples * batch, time, hidden), zero in the padding
+  void *h_n, *c_n;      // (samples * batch, hidden), by sequence
+  void *states;         // scratch, (2, samples * batch, hidden)
+  void *packed_weight;  // scratch, (hidden, 4 hidden rounded up to a multiple of 32)
+};
+struct LayerNormLSTMBackward {
+  bool is_double;
+  PackedPlan plan;
+  double epsilon;
+  const void *grad_hidden, *grad_h_n, *grad_c_n;  // as hidden, h_n, c_n
+  const void *normalized, *inverses, *cells, *hidden, *h0, *c0;
+  const void *weight_hh, *norm_gates, *norm_cell;
+  void *grad_products, *grad_inputs;  // (samples * total, 4 hidden), before they are normalized
+  void *grad_static_inputs;           // (samples * batch, 4 hidden), by sequence
+  void *grad_h0, *grad_c0;            // (samples * batch, hidden), by sequence
+  void *before;                       // (samples * total, hidden), the state before each row
+  void *grad_norms;                   // (partials, 3 * 4 hidden + 2 * hidden), zeroed: norm_gates, norm_cell
+  int64_t partials;                   // at most so many threads
+  void *states;                       // scratch, (samples * batch, hidden)
+  void *packed_weight;                // scratch, (4 hidden, hidden rounded up to a multiple of 32)
+};
+
 // Makes the plan of a batch and its words after word dropout. Returns `total`, or kBadLength - sequence or
 // kBadToken - element for what is out of range.
 constexpr int64_t kBadLength = -1, kBadToken = INT64_MIN / 2;
@@ -182,6 +218,8 @@ struct Kernels {
   void (*lstm_backward)(const LSTMBackward &);
   void (*gru_forward)(const GRUForward &);
   void (*gru_backward)(const GRUBackward &);
+  void (*layer_norm_lstm_forward)(const LayerNormLSTMForward &);
+  void (*layer_norm_lstm_backward)(const LayerNormLSTMBackward &);
   void (*sparse_encode)(const SparseEncode &);
   void (*sparse_solve_support)(const SparseSupport &);
   int64_t (*sparse_workspace)(bool is_double, int64_t atoms, int64_t capacity);  // bytes

@@ -177,6 +177,44 @@ PYBIND11_MODULE(_C, m) {
       release);
 
   m.def(
+      "layer_norm_lstm_forward",
+      [](bool is_double, bool keep, int64_t batch, int64_t samples, int64_t time, int64_t hidden, Address lengths,
+         Address order, Address active, Address start, double epsilon, Address inputs, Address static_inputs,
+         Address h0, Address c0, Address weight_hh, Address norm_gates, Address norm_cell, Address normalized,
+         Address inverses, Address cells, Address hidden_states, Address h_n, Address c_n, Address states,
+         Address packed_weight) {
+        kernels().layer_norm_lstm_forward(
+            {is_double, keep, plan(batch, samples, time, hidden, lengths, order, active, start), epsilon, at(inputs),
+             at(static_inputs), at(h0), at(c0), at(weight_hh), at(norm_gates), at(norm_cell), at(normalized),
+             at(inverses), at(cells), at(hidden_states), at(h_n), at(c_n), at(states), at(packed_weight)});
+      },
+      release);
+  m.def(
+      "layer_norm_lstm_backward",
+      [](bool is_double, int64_t batch, int64_t samples, int64_t time, int64_t hidden, Address lengths, Address order,
+         Address active, Address start, double epsilon, Address grad_hidden, Address grad_h_n, Address grad_c_n,
+         Address normalized, Address inverses, Address cells, Address hidden_states, Address h0, Address c0,
+         Address weight_hh, Address norm_gates, Address norm_cell, Address grad_products, Address grad_inputs,
+         Address grad_static_inputs, Address grad_h0, Address grad_c0, Address before, Address grad_norms,
+         int64_t partials, Address states, Address packed_weight) {
+        kernels().layer_norm_lstm_backward(
+            {is_double,        plan(batch, samples, time, hidden, lengths, order, active, start),
+             epsilon,          at(grad_hidden),
+             at(grad_h_n),     at(grad_c_n),
+             at(normalized),   at(inverses),
+             at(cells),        at(hidden_states),
+             at(h0),           at(c0),
+             at(weight_hh),    at(norm_gates),
+             at(norm_cell),    at(grad_products),
+             at(grad_inputs),  at(grad_static_inputs),
+             at(grad_h0),      at(grad_c0),
+             at(before),       at(grad_norms),
+             partials,         at(states),
+             at(packed_weight)});
+      },
+      release);
+
+  m.def(
       "sparse_encode",
       [](bool is_double, Address gram, Address products, Address squared, Address l1, Address weights, Address init,
          double l2, double tol, bool positive, int64_t samples, int64_t atoms, int64_t max_iter, int64_t capacity,

@@ -15,6 +15,8 @@ void lstm_forward(const LSTMForward &);
 void lstm_backward(const LSTMBackward &);
 void gru_forward(const GRUForward &);
 void gru_backward(const GRUBackward &);
+void layer_norm_lstm_forward(const LayerNormLSTMForward &);
+void layer_norm_lstm_backward(const LayerNormLSTMBackward &);
 void sparse_encode(const SparseEncode &);
 void sparse_solve_support(const SparseSupport &);
 int64_t sparse_workspace(bool is_double, int64_t atoms, int64_t capacity);
@@ -34,6 +36,8 @@ const Kernels table = {
     lstm_backward,
     gru_forward,
     gru_backward,
+    layer_norm_lstm_forward,
+    layer_norm_lstm_backward,
     sparse_encode,
     sparse_solve_support,
     sparse_workspace,

@@ -4,6 +4,7 @@ from fastvae.ops.cross_entropy import bag_of_words_loss, linear_cross_entropy
 from fastvae.ops.dictionary import dictionary_update
 from fastvae.ops.gaussian import gaussian_kl, gaussian_sample_kl
 from fastvae.ops.gru import gru, gru_decode
+from fastvae.ops.layer_norm_lstm import layer_norm_lstm, layer_norm_lstm_decode
 from fastvae.ops.lstm import lstm, lstm_decode
 from fastvae.ops.sparse import (
     duality_gap,
@@ -31,6 +32,8 @@ __all__ = [
     "ista_step",
     "kkt_violation",
     "lambda_max",
+    "layer_norm_lstm",
+    "layer_norm_lstm_decode",
     "linear_cross_entropy",
     "lstm",
     "lstm_decode",

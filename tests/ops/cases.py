@@ -19,6 +19,8 @@ from fastvae.functional import (
     gru,
     gru_decode,
     ista,
+    layer_norm_lstm,
+    layer_norm_lstm_decode,
     linear_cross_entropy,
     lstm,
     lstm_decode,
@@ -83,6 +85,18 @@ def _dense_lstm_inputs(dtype, batch):
     return {"inputs": inputs} | {n: t for n, t in tensors.items() if n not in ("tokens", "z", "embedding", "seed")}
 
 
+def _layer_norm_lstm_inputs(dtype, batch):
+    random, size = torch.Generator().manual_seed(batch), 33
+    shapes = {"norm_input": (4 * size,), "norm_hidden": (4 * size,), "norm_cell": (2, size)}
+    norms = {name: torch.rand(shape, generator=random).to(dtype) for name, shape in shapes.items()}
+    return _lstm_inputs(dtype, batch) | norms
+
+
+def _dense_layer_norm_lstm_inputs(dtype, batch):
+    norms = _layer_norm_lstm_inputs(dtype, batch)
+    return _dense_lstm_inputs(dtype, batch) | {n: t for n, t in norms.items() if n.startswith("norm")}
+
+
 def _gru_inputs(dtype, batch, samples=2):
     random, (time, vocabulary, embed, latent, size) = torch.Generator().manual_seed(batch), (6, 19, 7, 3, 33)
     shapes = {
@@ -143,6 +157,10 @@ CASES = {
     "lstm": Case(lstm, _dense_lstm_inputs),
     "gru_decode": Case(lambda **tensors: gru_decode(**tensors, word_dropout=0.4, unk_index=1), _gru_inputs),
     "gru": Case(gru, _dense_gru_inputs),
+    "layer_norm_lstm_decode": Case(
+        lambda **tensors: layer_norm_lstm_decode(**tensors, word_dropout=0.4, unk_index=1), _layer_norm_lstm_inputs
+    ),
+    "layer_norm_lstm": Case(layer_norm_lstm, _dense_layer_norm_lstm_inputs),
     "ista": Case(lambda **tensors: (ista(**tensors, step=0.05, max_iter=6),), _ista_inputs),
     "fista": Case(lambda **tensors: (fista(**tensors, step=0.05, max_iter=6),), _ista_inputs),
     "top_k_encode": Case(lambda **tensors: (top_k_encode(**tensors, k=5)[0],), _top_k_encode_inputs),

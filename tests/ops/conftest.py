@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastvae.ops import backend as backend_module
-from fastvae.ops import cross_entropy, gaussian, gru, lstm, sparse
+from fastvae.ops import cross_entropy, gaussian, gru, layer_norm_lstm, lstm, sparse
 
 REFERENCES = {
     "gaussian_sample_kl": gaussian.reference_sample_kl,
@@ -17,6 +17,8 @@ REFERENCES = {
     "lstm_decode_backward": lstm.reference_backward,
     "gru_decode": gru._reference_op,
     "gru_decode_backward": gru.reference_backward,
+    "layer_norm_lstm_decode": layer_norm_lstm._reference_op,
+    "layer_norm_lstm_decode_backward": layer_norm_lstm.reference_backward,
     "ista": sparse.reference_ista,
 }
 
@@ -25,7 +27,7 @@ REFERENCES = {
 def backend(request, monkeypatch):
     """Run the test on the C++ core and on the reference, both with CPU tensors."""
     if request.param == "reference":
-        for module in (cross_entropy, gru, lstm):
+        for module in (cross_entropy, gru, layer_norm_lstm, lstm):
             monkeypatch.setattr(module, "CORE", None)
         with torch.library._scoped_library("fastvae", "IMPL") as library:
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it overrides

@@ -45,6 +45,11 @@ tokens, states = torch.tensor([[2, 1, 3]]), torch.zeros(1, 5)
 weights = torch.randn(6, 4), torch.randn(20, 7), torch.randn(20, 5), torch.zeros(20)
 hidden, h, c = F.lstm_decode(tokens, torch.randn(1, 3), states, states, *weights)
 assert hidden.shape == (1, 3, 5) and torch.equal(hidden[:, -1], h) and c.abs().sum() > 0
+assert torch.equal(F.lstm(torch.zeros(1, 3, 7), states, states, *weights[1:])[0], torch.zeros(1, 3, 5))
+norms = torch.ones(20), torch.ones(20), torch.ones(2, 5)
+normed = F.layer_norm_lstm_decode(tokens, torch.randn(1, 3), states, states, *weights, *norms)
+assert normed[0].shape == (1, 3, 5) and torch.equal(normed[0][:, -1], normed[1])
+assert F.layer_norm_lstm(torch.zeros(1, 3, 7), states, states, *weights[1:], *norms)[0].shape == (1, 3, 5)
 weights = torch.randn(15, 7), torch.randn(15, 5), torch.zeros(15), torch.zeros(15)
 hidden, h = F.gru_decode(tokens, torch.randn(1, 3), states, torch.randn(6, 4), *weights)
 assert hidden.shape == (1, 3, 5) and torch.equal(hidden[:, -1], h) and h.abs().sum() > 0
