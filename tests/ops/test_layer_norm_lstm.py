@@ -103,16 +103,16 @@ def with_gradients(outputs, leaves):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_matches_float64(sizes, dtype, backend, assert_within_budget):
+    """With an eps that counts: without, the gradient of a state of size 1 is but rounding, as its scale is lost."""
     tokens, lengths, leaves = operands(sizes, dtype)
     peer, exact = clones(leaves), clones(leaves, torch.float64)
-    ours = with_gradients(layer_norm_lstm_decode(tokens, **leaves, lengths=lengths, eps=1e-3), leaves)
-    theirs = with_gradients(eager(tokens, lengths, peer, 1e-3), peer)
-    truth = with_gradients(eager(tokens, lengths, exact, 1e-3), exact)
+    ours = with_gradients(layer_norm_lstm_decode(tokens, **leaves, lengths=lengths, eps=0.5), leaves)
+    theirs = with_gradients(eager(tokens, lengths, peer, 0.5), peer)
+    truth = with_gradients(eager(tokens, lengths, exact, 0.5), exact)
     for name, mine in ours.items():
         assert mine.dtype == dtype, name
-        # A product's gradient behind its normalization is a difference: a small one of hidden size 1. Half precision:
-        # float32 inside; the products over the latent and of the backward read rounded operands.
-        rounding = {torch.float32: 64, torch.float64: 128}.get(dtype, 2)
+        # Half precision: float32 inside; the products over the latent and of the backward read rounded operands.
+        rounding = {torch.float32: 16, torch.float64: 64}.get(dtype, 2)
         assert_within_budget(name, mine, truth[name], theirs[name], rounding)
 
 
