@@ -158,9 +158,10 @@ CASES = {
     "gru_decode": Case(lambda **tensors: gru_decode(**tensors, word_dropout=0.4, unk_index=1), _gru_inputs),
     "gru": Case(gru, _dense_gru_inputs),
     "layer_norm_lstm_decode": Case(
-        lambda **tensors: layer_norm_lstm_decode(**tensors, word_dropout=0.4, unk_index=1), _layer_norm_lstm_inputs
+        lambda **tensors: layer_norm_lstm_decode(**tensors, word_dropout=0.4, unk_index=1, eps=1e-3),
+        _layer_norm_lstm_inputs,
     ),
-    "layer_norm_lstm": Case(layer_norm_lstm, _dense_layer_norm_lstm_inputs),
+    "layer_norm_lstm": Case(lambda **tensors: layer_norm_lstm(**tensors, eps=1e-3), _dense_layer_norm_lstm_inputs),
     "ista": Case(lambda **tensors: (ista(**tensors, step=0.05, max_iter=6),), _ista_inputs),
     "fista": Case(lambda **tensors: (fista(**tensors, step=0.05, max_iter=6),), _ista_inputs),
     "top_k_encode": Case(lambda **tensors: (top_k_encode(**tensors, k=5)[0],), _top_k_encode_inputs),
