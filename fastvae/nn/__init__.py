@@ -2,6 +2,7 @@
 
 from fastvae.nn.export import DecoderStart, DecoderStep, ExportedDecoder, export_decoder, export_onnx
 from fastvae.nn.gaussian import GaussianHead, GaussianPosterior
+from fastvae.nn.gru import GRUDecoder, GRUDecoderModules, GRUEncoder
 from fastvae.nn.lstm import DecoderModules, LSTMDecoder, LSTMEncoder
 from fastvae.nn.sparse import LISTA, SparseAutoEncoder, SparseAutoEncoderOutput, SparseCoding
 
@@ -11,6 +12,9 @@ __all__ = [
     "DecoderStart",
     "DecoderStep",
     "ExportedDecoder",
+    "GRUDecoder",
+    "GRUDecoderModules",
+    "GRUEncoder",
     "GaussianHead",
     "GaussianPosterior",
     "LSTMDecoder",

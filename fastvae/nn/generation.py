@@ -17,7 +17,7 @@ from torch import Tensor
 from fastvae.ops.backend import compute_dtype
 
 if TYPE_CHECKING:
-    from fastvae.nn.lstm import LSTMDecoder
+    from fastvae.nn.lstm import _Decoder
 
 STRATEGIES = ("greedy", "sample", "beam")
 
@@ -38,7 +38,7 @@ class Generated(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    decoder: LSTMDecoder,
+    decoder: _Decoder,
     z: Tensor | None,
     max_length: int,
     *,
@@ -114,7 +114,7 @@ class _SpecialTokens(NamedTuple):
     forbidden: list[int]
 
 
-def _checked_special_tokens(decoder: LSTMDecoder) -> _SpecialTokens:
+def _checked_special_tokens(decoder: _Decoder) -> _SpecialTokens:
     bos, eos, pad = decoder.bos_index, decoder.eos_index, decoder.pad_index
     if bos is None or eos is None:
         missing = "bos_index" if bos is None else "eos_index"
@@ -125,48 +125,47 @@ def _checked_special_tokens(decoder: LSTMDecoder) -> _SpecialTokens:
 
 
 class _Recurrence:
-    """One step of the decoder for a batch: (tokens, h, c) to (log-probabilities of the next token, h, c)."""
+    """One step of the decoder for a batch: (tokens, states) to (log-probabilities of the next token, states)."""
 
-    def __init__(self, decoder: LSTMDecoder, z: Tensor, steps: int) -> None:
+    def __init__(self, decoder: _Decoder, z: Tensor, steps: int) -> None:
         self.decoder = decoder
         self.rows = z.size(0)
         self.start = decoder.initial_states(z)  # each (num_layers, rows, hidden)
         self.score_dtype = compute_dtype(z)
         self.weight_input = decoder.weight_ih[:, : decoder.embed_dim]
-        # The latent adds the same to the gates at every step.
-        self.static = F.linear(z, decoder.weight_ih[:, decoder.embed_dim :], decoder.bias)
+        # The latent adds the same to the inputs' product at every step.
+        self.static = F.linear(z, decoder.weight_ih[:, decoder.embed_dim :])
         # One product for the whole vocabulary pays once the steps look up more words than there are.
         self.table: Tensor | None = None
         if self.rows * steps >= decoder.vocab_size:
             self.table = F.linear(decoder.embedding.weight, self.weight_input)
 
-    def __call__(self, tokens: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, tokens: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         if self.table is not None:
             inputs = self.table[tokens]
         else:
             inputs = F.linear(self.decoder.embedding.weight[tokens], self.weight_input)
-        states: list[Tensor] = []
-        cells: list[Tensor] = []
+        product = inputs + self.static
+        after: list[tuple[Tensor, ...]] = []
         for layer in range(self.decoder.num_layers):
-            weight_ih, weight_hh, bias = self.decoder.layer(layer)
-            from_below = F.linear(states[-1], weight_ih, bias) if states else inputs + self.static
-            i, f, g, o = (from_below + F.linear(hidden[layer], weight_hh)).chunk(4, -1)
-            cells.append(f.sigmoid() * cell[layer] + i.sigmoid() * g.tanh())
-            states.append(o.sigmoid() * cells[-1].tanh())
-        scores = self.decoder.output(states[-1]).log_softmax(-1, dtype=self.score_dtype)
-        return scores, torch.stack(states), torch.stack(cells)
+            parameters = self.decoder.layer(layer)
+            if layer:
+                product = F.linear(after[-1][0], parameters[0])
+            after.append(self.decoder.cell.step(product, tuple(state[layer] for state in states), parameters))
+        scores = self.decoder.output(after[-1][0]).log_softmax(-1, dtype=self.score_dtype)
+        return scores, tuple(torch.stack(layers) for layers in zip(*after, strict=True))
 
 
 def _one_by_one(
     step: _Recurrence, special: _SpecialTokens, max_length: int, choose: Callable[[Tensor], Tensor]
 ) -> Generated:
-    hidden, cell = step.start
-    last = torch.full((step.rows,), special.bos, device=hidden.device)
+    states = step.start
+    last = torch.full((step.rows,), special.bos, device=states[0].device)
     ended = torch.zeros_like(last, dtype=torch.bool)
     lengths = torch.zeros_like(last)
     tokens, log_probs = [], []
     for _ in range(max_length):
-        scores, hidden, cell = step(last, hidden, cell)
+        scores, states = step(last, states)
         scores[:, special.forbidden] = -math.inf
         last = choose(scores)
         tokens.append(last.masked_fill(ended, special.padding))
@@ -187,8 +186,8 @@ def _beam_search(
     beginning can still beat its best sentence: log-probabilities only fall, and `max_length` bounds the
     length they are divided by. Rows that are over keep stepping until all are, which cannot change them.
     """
-    hidden, cell = step.start
-    device, batch = hidden.device, step.rows // beam_size
+    states = step.start
+    device, batch = states[0].device, step.rows // beam_size
     row = torch.arange(batch, device=device)
     last = torch.full((step.rows,), special.bos, device=device)
     # The beams of a row start out alike: only the first may be extended.
@@ -200,7 +199,7 @@ def _beam_search(
     best_tokens, best_log_probs, best_lengths = tokens[:, 0], log_probs[:, 0], torch.zeros_like(row)
 
     for length in range(1, max_length + 1):
-        step_scores, hidden, cell = step(last, hidden, cell)
+        step_scores, states = step(last, states)
         step_scores[:, special.forbidden] = -math.inf
         # The best candidates of a row are among the best of each of its beams.
         width = min(2 * beam_size, step_scores.size(-1))
@@ -228,7 +227,7 @@ def _beam_search(
         if (best >= scores[:, 0] / max_length**length_penalty).all():
             break
         beams = (row.unsqueeze(1) * beam_size + parent).reshape(-1)
-        last, hidden, cell = word.reshape(-1), hidden[:, beams], cell[:, beams]
+        last, states = word.reshape(-1), tuple(state[:, beams] for state in states)
 
     # Where nothing ended in time, the likeliest beginning stands, cut at max_length.
     cut = best == -math.inf

@@ -1,30 +1,37 @@
-"""LSTM encoder and decoder for sentences, over the fused `lstm_decode` and `linear_cross_entropy`."""
+"""LSTM encoder and decoder for sentences, and what those of other recurrences share with them.
+
+Over the fused recurrences of `fastvae.functional` and `linear_cross_entropy`.
+"""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvae.functional import linear_cross_entropy, lstm, lstm_decode
+from fastvae.functional import linear_cross_entropy
+from fastvae.nn.cells import LAYER_NORM_LSTM, LSTM, Cell
 from fastvae.nn.generation import generate
 
 _IGNORED = -100
+_Recurrence = TypeVar("_Recurrence", nn.LSTM, nn.GRU)
 
 
-class _LSTMLayers(nn.Module):
+class _Layers(nn.Module):
     """The layers that encoder and decoder have in common, the first of which reads tokens."""
 
     embedding: nn.Embedding
     weight_ih: nn.Parameter
     weight_hh: nn.Parameter
-    bias: nn.Parameter | None
 
-    def __init__(self, hidden_size: int, num_layers: int, layer_dropout: float, variational_dropout: bool) -> None:
+    def __init__(
+        self, cell: Cell, hidden_size: int, num_layers: int, layer_dropout: float, variational_dropout: bool
+    ) -> None:
         super().__init__()
+        self.cell = cell
         if num_layers < 1:
             raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
         _check_probability("layer_dropout", layer_dropout)
@@ -34,52 +41,60 @@ class _LSTMLayers(nn.Module):
         self.variational_dropout = variational_dropout
 
     def _add_layers(self, input_size: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        gates = 4 * self.hidden_size
         for layer in range(self.num_layers):
             size = self.hidden_size if layer else input_size
-            for name, shape in (
-                ("weight_ih", (gates, size)),
-                ("weight_hh", (gates, self.hidden_size)),
-                ("bias", (gates,)),
-            ):
+            for name, shape in self.cell.shapes(size, self.hidden_size).items():
                 parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                 self.register_parameter(_parameter_name(name, layer), parameter)
 
     def _reset_layers(self) -> None:
         bound = self.hidden_size**-0.5
         for layer in range(self.num_layers):
-            for parameter in self.layer(layer):
-                if parameter is not None:
+            for name, parameter in zip(self.cell.names, self.layer(layer), strict=True):
+                if name.startswith("norm"):
+                    nn.init.ones_(parameter)
+                    if name == "norm_cell":
+                        nn.init.zeros_(parameter[1])
+                elif parameter is not None:
                     nn.init.uniform_(parameter, -bound, bound)
 
-    def layer(self, index: int) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter | None]:
-        """Give weight_ih, weight_hh and bias of a layer, counted from 0 at the tokens."""
+    def layer(self, index: int) -> tuple[nn.Parameter, ...]:
+        """Give the parameters of a layer, counted from 0 at the tokens: weight_ih, weight_hh, bias (or None), ..."""
         if not 0 <= index < self.num_layers:
             raise IndexError(f"index: expected a layer in [0, {self.num_layers}), got {index}")
-        names = (_parameter_name(name, index) for name in ("weight_ih", "weight_hh", "bias"))
-        return tuple(getattr(self, name) for name in names)
+        return tuple(getattr(self, _parameter_name(name, index)) for name in self.cell.names)
 
     def _run(
         self,
         tokens: Tensor,
         z: Tensor | None,
-        h0: Tensor,
-        c0: Tensor,
+        states: tuple[Tensor, ...],
         lengths: Tensor,
         **word_dropout: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Run all layers; h0 and c0 are (num_layers, ..., batch, H). Returns the last one's states and final state."""
-        hidden, final, _ = lstm_decode(
-            tokens, z, h0[0], c0[0], self.embedding.weight, *self.layer(0), lengths=lengths, **word_dropout
+        """Run all layers from states (num_layers, ..., batch, H); return the last's hidden states and final one."""
+        hidden, final, *_ = self.cell.decode(
+            tokens,
+            z,
+            *(state[0] for state in states),
+            self.embedding.weight,
+            *self.layer(0),
+            lengths=lengths,
+            **word_dropout,
         )
         shape = hidden.shape
         for layer in range(1, self.num_layers):
             # From here on, samples of a sequence share nothing.
             inputs = self._dropped(hidden, self.layer_dropout).reshape(-1, *shape[-2:])
-            h, c = h0[layer].reshape(-1, shape[-1]), c0[layer].reshape(-1, shape[-1])
+            start = (state[layer].reshape(-1, shape[-1]) for state in states)
             repeated = lengths.repeat(inputs.size(0) // lengths.size(0))
-            hidden, final, _ = lstm(inputs, h, c, *self.layer(layer), lengths=repeated)
+            hidden, final, *_ = self.cell.dense(inputs, *start, *self.layer(layer), lengths=repeated)
         return hidden.view(shape), final.view(*shape[:-2], shape[-1])
+
+    def _zero_states(self, *sizes: int) -> tuple[Tensor, ...]:
+        # Tensors of their own: Dynamo refuses an autograd function that is given the same one twice.
+        shape = (self.cell.states, self.num_layers, *sizes, self.hidden_size)
+        return self.weight_hh.new_zeros(shape).unbind()
 
     def _dropped(self, hidden: Tensor, probability: float) -> Tensor:
         if not self.variational_dropout or not self.training:
@@ -87,25 +102,12 @@ class _LSTMLayers(nn.Module):
         return hidden * F.dropout(torch.ones_like(hidden[..., :1, :]), probability)
 
 
-class LSTMEncoder(_LSTMLayers):
-    """Reads a sentence and gives its last hidden state.
-
-    Args:
-        vocab_size: number of tokens V.
-        embed_dim: size E of the token embeddings.
-        hidden_size: size H of the state.
-        num_layers: number of layers, each of which reads the states of the one before; named as in
-            `LSTMDecoder`.
-        dropout: probability of dropping an entry of the final state in training mode; the mask follows
-            torch's global generator, as `nn.Dropout`.
-        layer_dropout: the same for the states that go from layer to layer.
-        variational_dropout: drop the same entries of the states at all steps of a sentence.
-        pad_index: token that fills up short sentences, from which lengths are counted when not given.
-        embedding: an `nn.Embedding(V, E)` to share with another layer; a new one when None.
-    """
+class _Encoder(_Layers):
+    """Reads a sentence and gives its last hidden state; `LSTMEncoder` tells the settings."""
 
     def __init__(
         self,
+        cell: Cell,
         vocab_size: int,
         embed_dim: int,
         hidden_size: int,
@@ -119,7 +121,7 @@ class LSTMEncoder(_LSTMLayers):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(hidden_size, num_layers, layer_dropout, variational_dropout)
+        super().__init__(cell, hidden_size, num_layers, layer_dropout, variational_dropout)
         _check_probability("dropout", dropout)
         _check_indices(vocab_size, pad_index=pad_index)
         if embedding is not None and tuple(embedding.weight.shape) != (vocab_size, embed_dim):
@@ -154,8 +156,8 @@ class LSTMEncoder(_LSTMLayers):
             IndexError: for a token out of range (on CUDA the sentence's result is NaN instead).
         """
         lengths = checked_lengths(tokens, lengths, self.pad_index, shortest=1)
-        h0, c0 = _zero_states(self.weight_hh, self.num_layers, tokens.size(0))
-        _, final = self._run(tokens, None, h0, c0, lengths)
+        states = self._zero_states(tokens.size(0))
+        _, final = self._run(tokens, None, states, lengths)
         return F.dropout(final, self.dropout, self.training)
 
     def extra_repr(self) -> str:
@@ -166,52 +168,36 @@ class LSTMEncoder(_LSTMLayers):
         )
 
 
-class DecoderModules(NamedTuple):
-    """The PyTorch modules equivalent to an `LSTMDecoder`; `initial_state` is None for a zero start."""
-
-    embedding: nn.Embedding
-    lstm: nn.LSTM
-    output: nn.Linear
-    initial_state: nn.Linear | None
-
-
-class LSTMDecoder(_LSTMLayers):
-    """Language model over sentences given a latent vector: p(x|z).
-
-    The latent sets the initial state, (h0, c0) = W z + b, and enters every step beside the token's
-    embedding. `latent_dim=0` gives a plain language model: pass `z=None`, it starts from zeros.
-
-    Parameters: `embedding.weight` (V, E); `weight_ih` (4H, E + latent), gates in the order i, f, g, o of
-    `nn.LSTM`; `weight_hh` (4H, H); `bias` (4H); for layer n from 1 on `weight_ih_ln` (4H, H),
-    `weight_hh_ln` and `bias_ln`; `output.weight` (V, H) and `output.bias` (V); `initial_state.weight`
-    (2 * num_layers * H, latent) and `initial_state.bias`, hidden states of all layers before cell states.
+class LSTMEncoder(_Encoder):
+    """Reads a sentence and gives its last hidden state.
 
     Args:
         vocab_size: number of tokens V.
         embed_dim: size E of the token embeddings.
         hidden_size: size H of the state.
-        latent_dim: size of z, 0 for none.
-        num_layers: number of layers, each of which reads the states of the one before. z enters the
-            first, and sets the initial state of all.
-        word_dropout: probability of replacing an input token by `unk_index`, in training mode only;
-            never the first token, never padding.
-        dropout: probability of dropping an entry of the hidden states before the vocabulary product, in
-            training mode only; the mask follows torch's global generator, as `nn.Dropout`. Embeddings
-            are not dropped: they are gathered inside the fused recurrence.
-        layer_dropout: the same for the states that go from layer to layer (the `dropout` of `nn.LSTM`).
+        num_layers: number of layers, each of which reads the states of the one before; named as in
+            `LSTMDecoder`.
+        dropout: probability of dropping an entry of the final state in training mode; the mask follows
+            torch's global generator, as `nn.Dropout`.
+        layer_dropout: the same for the states that go from layer to layer.
         variational_dropout: drop the same entries of the states at all steps of a sentence.
-        tie_weights: use the embedding as output weight; needs `embed_dim == hidden_size`.
-        pad_index: token that fills up short sentences; None when there is none.
-        bos_index: token that starts a sentence; needed by `generate`.
-        eos_index: token that ends a sentence; needed by `generate`.
-        unk_index: token that stands for unknown words; needed by `word_dropout`.
-
-    Sources: Bowman et al., Generating Sentences from a Continuous Space (2016); variational dropout: Gal &
-    Ghahramani, A Theoretically Grounded Application of Dropout in Recurrent Neural Networks (2016).
+        pad_index: token that fills up short sentences, from which lengths are counted when not given.
+        embedding: an `nn.Embedding(V, E)` to share with another layer; a new one when None.
+        layer_norm: normalize the gates and the cell, as `fastvae.functional.layer_norm_lstm_decode`.
     """
 
     def __init__(
+        self, vocab_size: int, embed_dim: int, hidden_size: int, *, layer_norm: bool = False, **settings: Any
+    ) -> None:
+        super().__init__(LAYER_NORM_LSTM if layer_norm else LSTM, vocab_size, embed_dim, hidden_size, **settings)
+
+
+class _Decoder(_Layers):
+    """Language model over sentences given a latent vector; `LSTMDecoder` tells the settings."""
+
+    def __init__(
         self,
+        cell: Cell,
         vocab_size: int,
         embed_dim: int,
         hidden_size: int,
@@ -230,7 +216,7 @@ class LSTMDecoder(_LSTMLayers):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(hidden_size, num_layers, layer_dropout, variational_dropout)
+        super().__init__(cell, hidden_size, num_layers, layer_dropout, variational_dropout)
         _check_probability("word_dropout", word_dropout)
         _check_probability("dropout", dropout)
         _check_indices(vocab_size, pad_index=pad_index, bos_index=bos_index, eos_index=eos_index, unk_index=unk_index)
@@ -254,7 +240,7 @@ class LSTMDecoder(_LSTMLayers):
         self.embedding = nn.Embedding(vocab_size, embed_dim, device=device, dtype=dtype)
         self._add_layers(embed_dim + latent_dim, device, dtype)
         self.output = nn.Linear(hidden_size, vocab_size, device=device, dtype=dtype)
-        states = 2 * num_layers * hidden_size
+        states = cell.states * num_layers * hidden_size
         self.initial_state = nn.Linear(latent_dim, states, device=device, dtype=dtype) if latent_dim else None
         self.reset_parameters()
         if tie_weights:
@@ -392,6 +378,180 @@ class LSTMDecoder(_LSTMLayers):
         return generated if return_log_probs else generated[:2]
 
     @classmethod
+    def _adopt(
+        cls,
+        cell: Cell,
+        name: str,
+        recurrence: nn.LSTM | nn.GRU,
+        embedding: nn.Embedding,
+        output: nn.Linear,
+        initial_state: nn.Linear | None,
+        *,
+        pad_index: int | None,
+        **settings: Any,
+    ) -> Self:
+        """Make a decoder of PyTorch modules, of which the caller calls the recurrence `name`."""
+        latent_dim = _check_modules(cell, name, recurrence, embedding, output, initial_state)
+        decoder = cls(
+            vocab_size=embedding.num_embeddings,
+            embed_dim=embedding.embedding_dim,
+            hidden_size=recurrence.hidden_size,
+            latent_dim=latent_dim,
+            num_layers=recurrence.num_layers,
+            layer_dropout=recurrence.dropout,
+            tie_weights=output.weight is embedding.weight,
+            pad_index=embedding.padding_idx if pad_index is None else pad_index,
+            device=embedding.weight.device,
+            dtype=embedding.weight.dtype,
+            **settings,
+        )
+        if not recurrence.bias:
+            for layer in range(recurrence.num_layers):
+                for bias in cell.vectors:
+                    decoder.register_parameter(_parameter_name(bias, layer), None)
+        if output.bias is None:
+            decoder.output.register_parameter("bias", None)
+        if initial_state is None:
+            decoder.initial_state = None
+        elif initial_state.bias is None and decoder.initial_state is not None:
+            decoder.initial_state.register_parameter("bias", None)
+        decoder.load_state_dict(_state_of(cell, recurrence, embedding, output, initial_state))
+        return decoder.train(recurrence.training)
+
+    def _copied_modules(self) -> tuple[nn.Embedding, nn.Linear, nn.Linear | None]:
+        """Give embedding, output and initial_state as modules with copies of the weights."""
+        embedding = nn.Embedding(self.vocab_size, self.embed_dim).to(self.weight_hh)
+        output = nn.Linear(self.hidden_size, self.vocab_size, bias=self.output.bias is not None)
+        output = output.to(self.weight_hh)
+        embedding.load_state_dict(self.embedding.state_dict())
+        output.load_state_dict(self.output.state_dict())
+        if self.tie_weights:
+            output.weight = embedding.weight
+        return embedding, output, copy.deepcopy(self.initial_state)
+
+    def _copied_recurrence(self, kind: type[_Recurrence]) -> _Recurrence:
+        weights: dict[str, Tensor] = {}
+        for n in range(self.num_layers):
+            for name, parameter in zip(self.cell.names, self.layer(n), strict=True):
+                if name == "bias" and parameter is not None:
+                    weights |= {f"bias_ih_l{n}": parameter, f"bias_hh_l{n}": torch.zeros_like(parameter)}
+                elif parameter is not None:
+                    weights[f"{name}_l{n}"] = parameter
+        recurrence = kind(
+            self.embed_dim + self.latent_dim,
+            self.hidden_size,
+            self.num_layers,
+            batch_first=True,
+            bias="bias_ih_l0" in weights,
+            dropout=self.layer_dropout if self.num_layers > 1 else 0.0,
+        ).to(self.weight_hh)
+        recurrence.load_state_dict(weights)
+        return recurrence
+
+    def initial_states(self, z: Tensor) -> tuple[Tensor, ...]:
+        """Give (h0, c0), of a GRU (h0,), each `(num_layers, ..., hidden_size)`, for latents `(..., latent_dim)`."""
+        if self.initial_state is None:
+            return self._zero_states(*z.shape[:-1])
+        states = self.initial_state(z).unflatten(-1, (self.cell.states, self.num_layers, self.hidden_size))
+        return tuple(state.movedim(-2, 0) for state in states.unbind(-3))
+
+    def _hidden(
+        self,
+        tokens: Tensor,
+        z: Tensor | None,
+        lengths: Tensor | None,
+        generator: torch.Generator | None,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        lengths = checked_lengths(tokens, lengths, self.pad_index, shortest=2)
+        batch = tokens.size(0)
+        if z is None and not self.latent_dim:
+            z = self.weight_hh.new_empty(batch, 0)
+        if z is None or z.dim() not in (2, 3) or tuple(z.shape[-2:]) != (batch, self.latent_dim):
+            got = "None" if z is None else str(tuple(z.shape))
+            expected = f"(batch, latent_dim) = {(batch, self.latent_dim)}"
+            raise ValueError(f"z: expected shape {expected}, or samples of it, got {got}")
+        hidden, _ = self._run(
+            tokens[:, :-1],
+            z if self.latent_dim else None,
+            self.initial_states(z),
+            lengths - 1,
+            word_dropout=self.word_dropout if self.training else 0.0,
+            unk_index=self.unk_index,
+            generator=generator,
+            seed=seed,
+        )
+        return self._dropped(hidden, self.dropout), lengths
+
+    def extra_repr(self) -> str:
+        """List the settings for `print`."""
+        return (
+            f"{self.vocab_size}, {self.embed_dim}, {self.hidden_size}, {self.latent_dim}, "
+            f"num_layers={self.num_layers}, word_dropout={self.word_dropout}, dropout={self.dropout}, "
+            f"layer_dropout={self.layer_dropout}, tie_weights={self.tie_weights}"
+        )
+
+
+class DecoderModules(NamedTuple):
+    """The PyTorch modules equivalent to an `LSTMDecoder`; `initial_state` is None for a zero start."""
+
+    embedding: nn.Embedding
+    lstm: nn.LSTM
+    output: nn.Linear
+    initial_state: nn.Linear | None
+
+
+class LSTMDecoder(_Decoder):
+    """Language model over sentences given a latent vector: p(x|z).
+
+    The latent sets the initial state, (h0, c0) = W z + b, and enters every step beside the token's
+    embedding. `latent_dim=0` gives a plain language model: pass `z=None`, it starts from zeros.
+
+    Parameters: `embedding.weight` (V, E); `weight_ih` (4H, E + latent), gates in the order i, f, g, o of
+    `nn.LSTM`; `weight_hh` (4H, H); `bias` (4H); for layer n from 1 on `weight_ih_ln` (4H, H),
+    `weight_hh_ln` and `bias_ln`; `output.weight` (V, H) and `output.bias` (V); `initial_state.weight`
+    (2 * num_layers * H, latent) and `initial_state.bias`, hidden states of all layers before cell states.
+
+    Args:
+        vocab_size: number of tokens V.
+        embed_dim: size E of the token embeddings.
+        hidden_size: size H of the state.
+        latent_dim: size of z, 0 for none.
+        num_layers: number of layers, each of which reads the states of the one before. z enters the
+            first, and sets the initial state of all.
+        word_dropout: probability of replacing an input token by `unk_index`, in training mode only;
+            never the first token, never padding.
+        dropout: probability of dropping an entry of the hidden states before the vocabulary product, in
+            training mode only; the mask follows torch's global generator, as `nn.Dropout`. Embeddings
+            are not dropped: they are gathered inside the fused recurrence.
+        layer_dropout: the same for the states that go from layer to layer (the `dropout` of `nn.LSTM`).
+        variational_dropout: drop the same entries of the states at all steps of a sentence.
+        tie_weights: use the embedding as output weight; needs `embed_dim == hidden_size`.
+        pad_index: token that fills up short sentences; None when there is none.
+        bos_index: token that starts a sentence; needed by `generate`.
+        eos_index: token that ends a sentence; needed by `generate`.
+        unk_index: token that stands for unknown words; needed by `word_dropout`.
+        layer_norm: normalize the gates and the cell, as `fastvae.functional.layer_norm_lstm_decode`; adds to
+            each layer `norm_input` (4H), `norm_hidden` (4H) and `norm_cell` (2, H), named as `bias`.
+
+    Sources: Bowman et al., Generating Sentences from a Continuous Space (2016); variational dropout: Gal &
+    Ghahramani, A Theoretically Grounded Application of Dropout in Recurrent Neural Networks (2016).
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embed_dim: int,
+        hidden_size: int,
+        latent_dim: int,
+        *,
+        layer_norm: bool = False,
+        **settings: Any,
+    ) -> None:
+        cell = LAYER_NORM_LSTM if layer_norm else LSTM
+        super().__init__(cell, vocab_size, embed_dim, hidden_size, latent_dim, **settings)
+
+    @classmethod
     def from_modules(
         cls,
         embedding: nn.Embedding,
@@ -428,35 +588,20 @@ class LSTMDecoder(_LSTMLayers):
             ValueError: for an LSTM with two directions or a projection, an embedding with
                 `max_norm` or `scale_grad_by_freq`, or sizes, dtypes or devices that do not fit together.
         """
-        latent_dim = _check_modules(embedding, lstm, output, initial_state)
-        decoder = cls(
-            embedding.num_embeddings,
-            embedding.embedding_dim,
-            lstm.hidden_size,
-            latent_dim,
-            num_layers=lstm.num_layers,
+        return cls._adopt(
+            LSTM,
+            "lstm",
+            lstm,
+            embedding,
+            output,
+            initial_state,
             word_dropout=word_dropout,
             dropout=dropout,
-            layer_dropout=lstm.dropout,
-            tie_weights=output.weight is embedding.weight,
-            pad_index=embedding.padding_idx if pad_index is None else pad_index,
+            pad_index=pad_index,
             bos_index=bos_index,
             eos_index=eos_index,
             unk_index=unk_index,
-            device=embedding.weight.device,
-            dtype=embedding.weight.dtype,
         )
-        if not lstm.bias:
-            for layer in range(lstm.num_layers):
-                decoder.register_parameter(_parameter_name("bias", layer), None)
-        if output.bias is None:
-            decoder.output.register_parameter("bias", None)
-        if initial_state is None:
-            decoder.initial_state = None
-        elif initial_state.bias is None and decoder.initial_state is not None:
-            decoder.initial_state.register_parameter("bias", None)
-        decoder.load_state_dict(_state_of(embedding, lstm, output, initial_state))
-        return decoder.train(lstm.training)
 
     def to_modules(self) -> DecoderModules:
         """Give the equivalent PyTorch modules, with copies of the weights.
@@ -465,81 +610,18 @@ class LSTMDecoder(_LSTMLayers):
 
         Returns:
             embedding, lstm (`batch_first=True`), output, and initial_state or None.
+
+        Raises:
+            ValueError: for a layer-normalized decoder.
         """
-        inputs, has_bias = self.embed_dim + self.latent_dim, self.bias is not None
-        embedding = nn.Embedding(self.vocab_size, self.embed_dim).to(self.weight_hh)
-        lstm = nn.LSTM(
-            inputs,
-            self.hidden_size,
-            self.num_layers,
-            batch_first=True,
-            bias=has_bias,
-            dropout=self.layer_dropout if self.num_layers > 1 else 0.0,
-        ).to(self.weight_hh)
-        output = nn.Linear(self.hidden_size, self.vocab_size, bias=self.output.bias is not None)
-        output = output.to(self.weight_hh)
-        embedding.load_state_dict(self.embedding.state_dict())
-        output.load_state_dict(self.output.state_dict())
-        if self.tie_weights:
-            output.weight = embedding.weight
-        weights: dict[str, Tensor] = {}
-        for n in range(self.num_layers):
-            weight_ih, weight_hh, bias = self.layer(n)
-            weights |= {f"weight_ih_l{n}": weight_ih, f"weight_hh_l{n}": weight_hh}
-            if bias is not None:
-                weights |= {f"bias_ih_l{n}": bias, f"bias_hh_l{n}": torch.zeros_like(bias)}
-        lstm.load_state_dict(weights)
-        modules = DecoderModules(embedding, lstm, output, copy.deepcopy(self.initial_state))
+        if self.cell != LSTM:
+            raise ValueError("layer_norm: expected False, as nn.LSTM has no such layers, got True")
+        embedding, output, initial_state = self._copied_modules()
+        modules = DecoderModules(embedding, self._copied_recurrence(nn.LSTM), output, initial_state)
         for module in modules:
             if module is not None:
                 module.train(self.training)
         return modules
-
-    def initial_states(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Give (h0, c0), each `(num_layers, ..., hidden_size)`, for latents `(..., latent_dim)`."""
-        if self.initial_state is None:
-            return _zero_states(self.weight_hh, self.num_layers, *z.shape[:-1])
-        h0, c0 = self.initial_state(z).chunk(2, -1)
-        shape = (self.num_layers, self.hidden_size)
-        return h0.unflatten(-1, shape).movedim(-2, 0), c0.unflatten(-1, shape).movedim(-2, 0)
-
-    def _hidden(
-        self,
-        tokens: Tensor,
-        z: Tensor | None,
-        lengths: Tensor | None,
-        generator: torch.Generator | None,
-        seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        lengths = checked_lengths(tokens, lengths, self.pad_index, shortest=2)
-        batch = tokens.size(0)
-        if z is None and not self.latent_dim:
-            z = self.weight_hh.new_empty(batch, 0)
-        if z is None or z.dim() not in (2, 3) or tuple(z.shape[-2:]) != (batch, self.latent_dim):
-            got = "None" if z is None else str(tuple(z.shape))
-            expected = f"(batch, latent_dim) = {(batch, self.latent_dim)}"
-            raise ValueError(f"z: expected shape {expected}, or samples of it, got {got}")
-        h0, c0 = self.initial_states(z)
-        hidden, _ = self._run(
-            tokens[:, :-1],
-            z if self.latent_dim else None,
-            h0,
-            c0,
-            lengths - 1,
-            word_dropout=self.word_dropout if self.training else 0.0,
-            unk_index=self.unk_index,
-            generator=generator,
-            seed=seed,
-        )
-        return self._dropped(hidden, self.dropout), lengths
-
-    def extra_repr(self) -> str:
-        """List the settings for `print`."""
-        return (
-            f"{self.vocab_size}, {self.embed_dim}, {self.hidden_size}, {self.latent_dim}, "
-            f"num_layers={self.num_layers}, word_dropout={self.word_dropout}, dropout={self.dropout}, "
-            f"layer_dropout={self.layer_dropout}, tie_weights={self.tie_weights}"
-        )
 
 
 def checked_lengths(tokens: Tensor, lengths: Tensor | None, pad_index: int | None, *, shortest: int) -> Tensor:
@@ -583,12 +665,6 @@ def checked_lengths(tokens: Tensor, lengths: Tensor | None, pad_index: int | Non
     return lengths.to(tokens.device)
 
 
-def _zero_states(weight_hh: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
-    # Two tensors: Dynamo refuses an autograd function that is given the same one twice.
-    h0, c0 = weight_hh.new_zeros(2, *sizes, weight_hh.size(1)).unbind()
-    return h0, c0
-
-
 def _parameter_name(name: str, layer: int) -> str:
     return f"{name}_l{layer}" if layer else name
 
@@ -608,10 +684,17 @@ def _check_indices(vocab_size: int, **indices: int | None) -> None:
             raise ValueError(f"{name}: expected a token in [0, {vocab_size}), got {index}")
 
 
-def _check_modules(embedding: nn.Embedding, lstm: nn.LSTM, output: nn.Linear, initial_state: nn.Linear | None) -> int:
+def _check_modules(
+    cell: Cell,
+    name_of_recurrence: str,
+    recurrence: nn.LSTM | nn.GRU,
+    embedding: nn.Embedding,
+    output: nn.Linear,
+    initial_state: nn.Linear | None,
+) -> int:
     kinds: dict[str, tuple[nn.Module | None, type[nn.Module]]] = {
         "embedding": (embedding, nn.Embedding),
-        "lstm": (lstm, nn.LSTM),
+        name_of_recurrence: (recurrence, nn.LSTM if cell == LSTM else nn.GRU),
         "output": (output, nn.Linear),
     }
     if initial_state is not None:
@@ -621,22 +704,23 @@ def _check_modules(embedding: nn.Embedding, lstm: nn.LSTM, output: nn.Linear, in
             raise TypeError(f"{name}: expected nn.{kind.__name__}, got {type(module).__name__}")
     wanted_settings: dict[str, tuple[nn.Module, dict[str, int | None]]] = {
         "embedding": (embedding, {"max_norm": None, "scale_grad_by_freq": False}),
-        "lstm": (lstm, {"bidirectional": False, "proj_size": 0}),
+        name_of_recurrence: (recurrence, {"bidirectional": False, "proj_size": 0}),
     }
     for name, (module, settings) in wanted_settings.items():
         for setting, wanted in settings.items():
             if getattr(module, setting) != wanted:
                 raise ValueError(f"{name}: expected {setting}={wanted}, got {getattr(module, setting)}")
-    vocab_size, embed_dim, hidden_size = embedding.num_embeddings, embedding.embedding_dim, lstm.hidden_size
-    latent_dim = lstm.input_size - embed_dim
+    vocab_size, embed_dim, hidden_size = embedding.num_embeddings, embedding.embedding_dim, recurrence.hidden_size
+    latent_dim = recurrence.input_size - embed_dim
     if latent_dim < 0:
         raise ValueError(
-            f"lstm: expected input_size = embedding_dim + latent, at least {embed_dim}, got {lstm.input_size}"
+            f"{name_of_recurrence}: expected input_size = embedding_dim + latent, at least {embed_dim}, "
+            f"got {recurrence.input_size}"
         )
     _check_linear("output", output, hidden_size, vocab_size)
     if initial_state is not None:
-        _check_linear("initial_state", initial_state, latent_dim, 2 * lstm.num_layers * hidden_size)
-    weights = {"lstm": lstm.weight_ih_l0, "output": output.weight}
+        _check_linear("initial_state", initial_state, latent_dim, cell.states * recurrence.num_layers * hidden_size)
+    weights = {name_of_recurrence: recurrence.weight_ih_l0, "output": output.weight}
     if initial_state is not None:
         weights["initial_state"] = initial_state.weight
     for name, weight in weights.items():
@@ -657,15 +741,18 @@ def _check_linear(name: str, linear: nn.Linear, in_features: int, out_features: 
 
 
 def _state_of(
-    embedding: nn.Embedding, lstm: nn.LSTM, output: nn.Linear, initial_state: nn.Linear | None
+    cell: Cell,
+    recurrence: nn.LSTM | nn.GRU,
+    embedding: nn.Embedding,
+    output: nn.Linear,
+    initial_state: nn.Linear | None,
 ) -> dict[str, Tensor]:
-    recurrence = lstm.state_dict()
+    layers = recurrence.state_dict()
     state = {"embedding.weight": embedding.weight.detach()}
-    for n in range(lstm.num_layers):
-        for name in ("weight_ih", "weight_hh"):
-            state[_parameter_name(name, n)] = recurrence[f"{name}_l{n}"]
-        if lstm.bias:
-            state[_parameter_name("bias", n)] = recurrence[f"bias_ih_l{n}"] + recurrence[f"bias_hh_l{n}"]
+    for n in range(recurrence.num_layers):
+        if recurrence.bias:  # one bias of an LSTM stands for both of nn.LSTM
+            layers[f"bias_l{n}"] = layers[f"bias_ih_l{n}"] + layers[f"bias_hh_l{n}"]
+        state |= {_parameter_name(name, n): layers[f"{name}_l{n}"] for name in cell.names if f"{name}_l{n}" in layers}
     state |= {f"output.{name}": value for name, value in output.state_dict().items()}
     if initial_state is not None:
         state |= {f"initial_state.{name}": value for name, value in initial_state.state_dict().items()}
