@@ -19,6 +19,7 @@ _TITLES = {
     "gaussian": "Sampling + KL",
     "cross_entropy": "Linear + cross-entropy",
     "lstm": "LSTM",
+    "gru": "GRU",
     "sparse": "Sparse coding",
 }
 
