@@ -32,10 +32,14 @@ void forward(const GRUForward &f) {
     for (int64_t block = mine.first; block < mine.last; ++block) {
       const int64_t unit = block * W, valid = min<int64_t>(W, H - unit);
       T *to = packed_weight + block * H * 3 * W;
-      for (int64_t k = 0; k < H; ++k) {
-        for (int64_t gate = 0; gate < 3; ++gate, to += W) {
-          const T *from = weight + (gate * H + unit) * H + k;
-          for (int64_t j = 0; j < W; ++j) to[j] = j < valid ? from[j * H] : T(0);
+      // Line by line of the weight: its rows may lie a power of two apart.
+      for (int64_t k = 0; k < H; k += W) {
+        const int64_t depth = min<int64_t>(W, H - k);
+        for (int64_t gate = 0; gate < 3; ++gate) {
+          for (int64_t j = 0; j < W; ++j) {
+            const T *from = weight + (gate * H + unit + j) * H + k;
+            for (int64_t i = 0; i < depth; ++i) to[((k + i) * 3 + gate) * W + j] = j < valid ? from[i] : T(0);
+          }
         }
       }
     }
@@ -81,7 +85,8 @@ void forward(const GRUForward &f) {
                   valid == W ? activate(W, false) : activate(valid, false);
                 }
               }
-            });
+            },
+            packed_weight + (block + 1 < part.blocks.last ? block + 1 : part.blocks.first) * H * 3 * W);
       }
       if (!part.by_sequence) barrier();
     }
@@ -169,12 +174,14 @@ void backward(const GRUBackward &f) {
           valid == W ? differentiate(W) : differentiate(valid);
         };
         const int64_t products = part.ranks(flowing);
-        multiply_packed<T, kVectors>(products, 3 * H, next_gates, part.stride * G, packed_weight + block * 3 * H * W,
-                                     [&](int64_t first, int rows, const T *product) {
-                                       for (int i = 0; i < rows; ++i, product += W) {
-                                         step(part.rank + (first + i) * part.stride, product);
-                                       }
-                                     });
+        multiply_packed<T, kVectors>(
+            products, 3 * H, next_gates, part.stride * G, packed_weight + block * 3 * H * W,
+            [&](int64_t first, int rows, const T *product) {
+              for (int i = 0; i < rows; ++i, product += W) {
+                step(part.rank + (first + i) * part.stride, product);
+              }
+            },
+            packed_weight + (block + 1 < part.blocks.last ? block + 1 : part.blocks.first) * 3 * H * W);
         const int64_t entered = t < 0 ? products : part.ranks(packed.active(t));
         for (int64_t i = products; i < entered; ++i) step(part.rank + i * part.stride, zeros);
       }

@@ -24,9 +24,14 @@ FASTVAE_INLINE void pack_blocks(Range blocks, int64_t inner, int64_t columns, co
   for (int64_t block = blocks.first; block < blocks.last; ++block) {
     const int64_t first = block * kColumns<T>, valid = min<int64_t>(kColumns<T>, columns - first);
     T *to = packed + first * inner;
-    for (int64_t k = 0; k < inner; ++k, to += kColumns<T>) {
-      const T *from = weight + k * row + first * column;
-      for (int64_t j = 0; j < kColumns<T>; ++j) to[j] = j < valid ? from[j * column] : T(0);
+    // Line by line of the weight, whichever way it lies: its rows may be a power of two apart.
+    const int64_t deep = row == 1 ? kWidth<T> : 1;
+    for (int64_t k = 0; k < inner; k += deep, to += deep * kColumns<T>) {
+      const int64_t depth = min<int64_t>(deep, inner - k);
+      for (int64_t j = 0; j < kColumns<T>; ++j) {
+        const T *from = weight + k * row + (first + j) * column;
+        for (int64_t i = 0; i < depth; ++i) to[i * kColumns<T> + j] = j < valid ? from[i * row] : T(0);
+      }
     }
   }
 }
@@ -37,13 +42,14 @@ FASTVAE_INLINE void multiply_blocks(Range blocks, int64_t rows, int64_t inner, i
                                     int64_t stride, const T *packed, T *out, int64_t out_stride) {
   for (int64_t block = blocks.first; block < blocks.last; ++block) {
     const int64_t n = block * kColumns<T>, valid = min<int64_t>(kColumns<T>, columns - n);
-    multiply_packed<T, kVectors>(rows, inner, a, stride, packed + n * inner,
-                                 [&](int64_t first, int count, const T *product) {
-                                   for (int i = 0; i < count; ++i, product += kColumns<T>) {
-                                     T *to = out + (first + i) * out_stride + n;
-                                     std::memcpy(to, product, size_t(valid) * sizeof(T));
-                                   }
-                                 });
+    multiply_packed<T, kVectors>(
+        rows, inner, a, stride, packed + n * inner,
+        [&](int64_t first, int count, const T *product) {
+          for (int i = 0; i < count; ++i, product += kColumns<T>) {
+            std::memcpy(out + (first + i) * out_stride + n, product, size_t(valid) * sizeof(T));
+          }
+        },
+        packed + (block + 1 < blocks.last ? block + 1 : blocks.first) * kColumns<T> * inner);
   }
 }
 
