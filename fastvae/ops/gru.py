@@ -29,7 +29,7 @@ from fastvae.ops.backend import (
     register,
 )
 from fastvae.ops.checks import check_float
-from fastvae.ops.lstm import _packed_weight, check_recurrence, dropped_tokens, pack, sample_count
+from fastvae.ops.lstm import check_recurrence, dropped_tokens, pack, sample_count, weight_scratch
 
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -129,7 +129,7 @@ def _cpu_forward(
     static_gates, h0_, weight = (t.to(compute).contiguous() for t in (static_gates, h0, weight_hh))
     hidden = large(static_gates.new_empty(sequences, time, size))
     h_n, states = torch.empty_like(h0_), static_gates.new_empty(2, sequences, size)
-    packed_weight = _packed_weight(weight)
+    packed_weight = weight_scratch(weight)
     CORE.gru_forward(
         compute == torch.float64, *packing.plan, pointer(shares), shares.stride(0), pointer(static_gates),
         pointer(h0_), pointer(weight), pointer(gates if keep else None), pointer(hidden), pointer(h_n), pointer(states),
@@ -164,7 +164,7 @@ def _cpu_backward(
     grad_gates = large(gates.new_empty(samples * tokens_read, 4 * size))
     before = large(gates.new_empty(samples * tokens_read, size))
     grad_static_gates, grad_h0 = static_gates.new_empty(static_gates.shape), torch.empty_like(h0_)
-    packed_weight = _packed_weight(weight)
+    packed_weight = weight_scratch(weight)
     CORE.gru_backward(
         compute == torch.float64, *packing.plan, *(pointer(g) for g in grads), pointer(gates),
         pointer(hidden_), pointer(h0_), pointer(weight), pointer(grad_gates), pointer(grad_static_gates),

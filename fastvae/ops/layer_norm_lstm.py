@@ -27,7 +27,7 @@ from fastvae.ops.backend import (
     register,
 )
 from fastvae.ops.checks import check_float, check_like, check_shape
-from fastvae.ops.lstm import _packed_weight, check_recurrence, dropped_tokens, pack, sample_count
+from fastvae.ops.lstm import check_recurrence, dropped_tokens, pack, sample_count, weight_scratch
 
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -134,7 +134,7 @@ def _cpu_forward(
     )
     hidden = large(static_inputs.new_empty(sequences, time, size))
     h_n, c_n, states = torch.empty_like(h0_), torch.empty_like(c0_), h0_.new_empty(2, sequences, size)
-    packed_weight = _packed_weight(weight.T)
+    packed_weight = weight_scratch(weight.T)
     CORE.layer_norm_lstm_forward(
         compute == torch.float64, keep, *packing.plan, eps, pointer(inputs), pointer(static_inputs), pointer(h0_),
         pointer(c0_), pointer(weight), pointer(gates_), pointer(cell_), *(pointer(t) for t in kept), pointer(hidden),
@@ -187,7 +187,7 @@ def _cpu_backward(
     grad_static = normalized.new_empty(sequences, 4 * size)
     grad_h0, grad_c0, states = (torch.empty_like(h0_) for _ in range(3))
     partials = max(torch.get_num_threads(), 1)
-    grad_norms, packed_weight = normalized.new_zeros(partials, 14 * size), _packed_weight(weight)
+    grad_norms, packed_weight = normalized.new_zeros(partials, 14 * size), weight_scratch(weight)
     CORE.layer_norm_lstm_backward(
         compute == torch.float64, *packing.plan, eps, *(pointer(g) for g in grads), pointer(normalized),
         pointer(inverses), pointer(cells), pointer(hidden_), pointer(h0_), pointer(c0_), pointer(weight),

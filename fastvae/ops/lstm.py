@@ -207,7 +207,7 @@ def _cpu_forward(
     h_n, c_n = torch.empty_like(h0_), torch.empty_like(c0_)
     states, sorted_h0 = large(static_gates.new_empty(total, size)), torch.empty_like(h0_)
     running = cells if keep else torch.empty_like(c0_)
-    packed_weight = _packed_weight(weight)
+    packed_weight = weight_scratch(weight)
     CORE.lstm_forward(
         compute == torch.float64, keep, *packing.plan, pointer(projected), pointer(static_gates), pointer(h0_),
         pointer(c0_), pointer(weight), pointer(gates if keep else None), pointer(running), pointer(hidden),
@@ -253,7 +253,7 @@ def _cpu_backward(
     grad_gates = large(gates.new_empty(total, 4 * size))
     grad_static_gates = gates.new_empty(sequences, 4 * size)
     grad_h0, grad_c0 = torch.empty_like(c0_), torch.empty_like(c0_)
-    packed_weight = _packed_weight(weight)
+    packed_weight = weight_scratch(weight)
     CORE.lstm_backward(
         compute == torch.float64, *packing.plan, pointer(grad_states), pointer(grad_last[0]), pointer(grad_last[1]),
         pointer(gates), pointer(cells), pointer(c0_), pointer(weight), pointer(grad_gates),
@@ -280,8 +280,8 @@ def _cpu_backward(
     )
 
 
-def _packed_weight(weight: Tensor) -> Tensor:
-    # Scratch for the core's own layout: hidden units in whole tiles, at most 32 wide.
+def weight_scratch(weight: Tensor) -> Tensor:
+    """Return memory for the core's own layout of a weight: columns in whole tiles, at most 32 wide."""
     return large(weight.new_empty(weight.shape[0] * (-(-weight.shape[1] // 32) * 32)))
 
 
