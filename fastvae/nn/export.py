@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvae.nn.cells import LSTM
 from fastvae.ops.backend import compute_dtype
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ class DecoderStart(nn.Module):
         """
         weight_ih, _, bias = self.decoder.layer(0)
         static_gates = F.linear(z, weight_ih[:, self.decoder.embed_dim :], bias)
-        return static_gates, *self.decoder.initial_states(z)
+        h0, c0 = self.decoder.initial_states(z)
+        return static_gates, h0, c0
 
 
 class DecoderStep(nn.Module):
@@ -116,6 +118,9 @@ def export_decoder(decoder: LSTMDecoder) -> ExportedDecoder:
 
     Args:
         decoder: the decoder, in either mode. The programs share its parameters.
+
+    Raises:
+        ValueError: for layer-normalized layers, or those of another cell.
     """
     with torch.no_grad():
         return ExportedDecoder(
@@ -139,6 +144,7 @@ def export_onnx(decoder: LSTMDecoder, folder: str | os.PathLike[str]) -> tuple[P
 
     Raises:
         ModuleNotFoundError: without onnx and onnxscript.
+        ValueError: for layer-normalized layers, or those of another cell.
         OSError: if a file cannot be written.
     """
     _check_installed("onnx")
@@ -179,6 +185,8 @@ class _Example(NamedTuple):
 
 
 def _examples(decoder: LSTMDecoder) -> tuple[_Example, _Example]:
+    if decoder.cell != LSTM:
+        raise ValueError("decoder: expected one of plain LSTM layers, got layer norm or another cell")
     start, step = DecoderStart(decoder), DecoderStep(decoder)
     start.training = step.training = False  # or torch warns; the decoder stays in its mode, which makes no difference
     batch = torch.export.Dim("batch")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastvae.nn import GRUDecoder, GRUEncoder, LSTMDecoder, LSTMEncoder
+from fastvae.nn import GRUDecoder, GRUEncoder, LSTMDecoder, LSTMEncoder, export_decoder
 
 V, E, H, L = 11, 5, 7, 3
 SPECIAL = {"pad_index": 0, "unk_index": 1, "bos_index": 2, "eos_index": 3}
@@ -232,3 +232,9 @@ def test_copies_give_the_same_numbers(kind):
     for other in (copy.deepcopy(decoder), pickle.loads(pickle.dumps(decoder))):
         assert torch.equal(other(tokens, z), decoder(tokens, z))
         assert other.cell == decoder.cell
+
+
+@pytest.mark.parametrize("kind", ["layer norm", "GRU"])
+def test_export_is_of_plain_lstm_layers(kind):
+    with pytest.raises(ValueError, match="decoder: expected one of plain LSTM layers"):
+        export_decoder(make_decoder(kind))

@@ -69,8 +69,9 @@ values, indices = F.top_k_encode(x, atoms, k=1)
 assert (values.tolist(), indices.tolist()) == ([[3]], [[0]])
 assert F.top_k_decode(values, indices, atoms).tolist() == [[3, 0]]
 called = {"bag_of_words_loss", "dictionary_update", "duality_gap", "fista", "gaussian_kl", "gaussian_sample_kl",
-          "ista", "ista_step", "kkt_violation", "lambda_max", "linear_cross_entropy", "lstm_decode",
-          "soft_threshold", "sparse_encode", "sparse_value", "top_k_decode", "top_k_encode"}
+          "gru", "gru_decode", "ista", "ista_step", "kkt_violation", "lambda_max", "layer_norm_lstm",
+          "layer_norm_lstm_decode", "linear_cross_entropy", "lstm", "lstm_decode", "soft_threshold", "sparse_encode",
+          "sparse_value", "top_k_decode", "top_k_encode"}
 assert set(F.__all__) == called, "call it here"
 """
 
