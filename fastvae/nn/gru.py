@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 from torch import nn
 
 from fastvae.nn.cells import GRU
-from fastvae.nn.lstm import _Decoder, _Encoder
+from fastvae.nn.lstm import DecoderSettings, EncoderSettings, _Decoder, _Encoder
 
 
 class GRUEncoder(_Encoder):
@@ -21,7 +21,7 @@ class GRUEncoder(_Encoder):
             for `LSTMEncoder`. The parameters are named as in `GRUDecoder`.
     """
 
-    def __init__(self, vocab_size: int, embed_dim: int, hidden_size: int, **settings: Any) -> None:
+    def __init__(self, vocab_size: int, embed_dim: int, hidden_size: int, **settings: Unpack[EncoderSettings]) -> None:
         super().__init__(GRU, vocab_size, embed_dim, hidden_size, **settings)
 
 
@@ -57,7 +57,9 @@ class GRUDecoder(_Decoder):
     Bowman et al., Generating Sentences from a Continuous Space (2016).
     """
 
-    def __init__(self, vocab_size: int, embed_dim: int, hidden_size: int, latent_dim: int, **settings: Any) -> None:
+    def __init__(
+        self, vocab_size: int, embed_dim: int, hidden_size: int, latent_dim: int, **settings: Unpack[DecoderSettings]
+    ) -> None:
         super().__init__(GRU, vocab_size, embed_dim, hidden_size, latent_dim, **settings)
 
     @classmethod
@@ -68,8 +70,12 @@ class GRUDecoder(_Decoder):
         output: nn.Linear,
         initial_state: nn.Linear | None = None,
         *,
+        word_dropout: float = 0.0,
+        dropout: float = 0.0,
         pad_index: int | None = None,
-        **settings: Any,
+        bos_index: int | None = None,
+        eos_index: int | None = None,
+        unk_index: int | None = None,
     ) -> GRUDecoder:
         """Adopt a decoder made of PyTorch modules, as `LSTMDecoder.from_modules`.
 
@@ -79,15 +85,27 @@ class GRUDecoder(_Decoder):
                 `layer_dropout`.
             output: `nn.Linear(H, V)`.
             initial_state: `nn.Linear(latent, num_layers * H)`, the h0 of each layer; None starts from zeros.
-            pad_index: as for `GRUDecoder`.
-            settings: word_dropout, dropout, bos_index, eos_index and unk_index, as for `GRUDecoder`.
+            word_dropout, dropout, pad_index, bos_index, eos_index, unk_index: as for `GRUDecoder`.
 
         Raises:
             TypeError: if an argument is not a module of the kind named above.
             ValueError: for a GRU with two directions, an embedding with `max_norm` or `scale_grad_by_freq`, or sizes,
                 dtypes or devices that do not fit together.
         """
-        return cls._adopt(GRU, "gru", gru, embedding, output, initial_state, pad_index=pad_index, **settings)
+        return cls._adopt(
+            GRU,
+            "gru",
+            gru,
+            embedding,
+            output,
+            initial_state,
+            word_dropout=word_dropout,
+            dropout=dropout,
+            pad_index=pad_index,
+            bos_index=bos_index,
+            eos_index=eos_index,
+            unk_index=unk_index,
+        )
 
     def to_modules(self) -> GRUDecoderModules:
         """Give the equivalent PyTorch modules, with copies of the weights."""

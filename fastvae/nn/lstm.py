@@ -6,7 +6,7 @@ Over the fused recurrences of `fastvae.functional` and `linear_cross_entropy`.
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypedDict, TypeVar, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,36 @@ from fastvae.nn.generation import generate
 
 _IGNORED = -100
 _Recurrence = TypeVar("_Recurrence", nn.LSTM, nn.GRU)
+
+
+class EncoderSettings(TypedDict, total=False):
+    """What all encoders take beside their sizes; `LSTMEncoder` tells what they mean."""
+
+    num_layers: int
+    dropout: float
+    layer_dropout: float
+    variational_dropout: bool
+    pad_index: int | None
+    embedding: nn.Embedding | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+class DecoderSettings(TypedDict, total=False):
+    """What all decoders take beside their sizes; `LSTMDecoder` tells what they mean."""
+
+    num_layers: int
+    word_dropout: float
+    dropout: float
+    layer_dropout: float
+    variational_dropout: bool
+    tie_weights: bool
+    pad_index: int | None
+    bos_index: int | None
+    eos_index: int | None
+    unk_index: int | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 class _Layers(nn.Module):
@@ -187,7 +217,13 @@ class LSTMEncoder(_Encoder):
     """
 
     def __init__(
-        self, vocab_size: int, embed_dim: int, hidden_size: int, *, layer_norm: bool = False, **settings: Any
+        self,
+        vocab_size: int,
+        embed_dim: int,
+        hidden_size: int,
+        *,
+        layer_norm: bool = False,
+        **settings: Unpack[EncoderSettings],
     ) -> None:
         super().__init__(LAYER_NORM_LSTM if layer_norm else LSTM, vocab_size, embed_dim, hidden_size, **settings)
 
@@ -546,7 +582,7 @@ class LSTMDecoder(_Decoder):
         latent_dim: int,
         *,
         layer_norm: bool = False,
-        **settings: Any,
+        **settings: Unpack[DecoderSettings],
     ) -> None:
         cell = LAYER_NORM_LSTM if layer_norm else LSTM
         super().__init__(cell, vocab_size, embed_dim, hidden_size, latent_dim, **settings)
