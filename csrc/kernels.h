@@ -207,6 +207,48 @@ struct DictionarySweep {
   int64_t atom_count, features, gram_stride;
 };
 
+// Sentences from an LSTM decoder, some steps a call. Weights and states are of the compute type, in the layouts of
+// torch.nn.LSTM; a row is a sentence or one of its `beams` beginnings. `tokens`, `lengths` and `scores` come filled
+// with padding and zeros.
+enum Strategy : int { kGreedy = 0, kSample = 1, kBeam = 2 };
+struct Generation {
+  bool is_double;
+  int64_t batch, embed, hidden, layers, vocabulary;
+  int64_t input_stride;                     // of weight_input
+  const void *embedding, *weight_input;     // (vocabulary, embed), (4 hidden, embed)
+  const void *weight_hh, *weight_ih;        // (layers, 4 hidden, hidden), (layers - 1, 4 hidden, hidden)
+  const void *bias, *static_gates;          // (layers - 1, 4 hidden), (batch, 4 hidden)
+  const void *h0, *c0;                      // (layers, batch, hidden)
+  const void *output_weight, *output_bias;  // (vocabulary, hidden), (vocabulary)
+  const int64_t *prefix;                    // (batch, prefix_length), -1 where the choice is free
+  int64_t prefix_length;
+  const int64_t *seeds;  // (batch)
+  int64_t bos, eos, padding, max_length;
+  Strategy strategy;
+  bool log_probs;  // wanted; always with kBeam
+  double temperature, top_p, length_penalty;
+  int64_t top_k, beams, n_best, no_repeat_ngram;
+  int64_t *tokens, *lengths;  // (batch, n_best, max_length), (batch, n_best)
+  void *scores;               // as tokens, of the compute type
+  int64_t threads;            // at most
+  void *memory;               // generation_bytes of it, kept between calls
+
+  // Kept between calls. The states of layer l lie on `side`, its cells on `cell_side`, of two.
+  int64_t step, active, side, cell_side, fresh, table_used, used_threads;
+  bool started, moved, only_forced;
+
+  bool stores_logits() const { return strategy != kGreedy || no_repeat_ngram > 0 || (prefix_length > 0 && log_probs); }
+  bool sums_mass() const { return strategy == kSample && top_k == 0; }
+};
+// out = x weight' + bias.
+struct RowsProduct {
+  bool is_double;
+  int64_t rows, inner, columns;
+  const void *x, *weight, *bias;  // (rows, inner), (columns, inner), (columns)
+  void *out, *memory;             // (rows, columns); `threads` times (inner, 64)
+  int64_t threads;
+};
+
 struct Kernels {
   const char *isa;
   void (*gaussian_forward)(const Gaussian &, const GaussianOutputs &);
@@ -226,6 +268,9 @@ struct Kernels {
   void (*ista)(const Ista &);
   IstaSizes (*ista_sizes)(const Ista &);
   void (*dictionary_sweep)(const DictionarySweep &);
+  int64_t (*generation_bytes)(const Generation &);
+  void (*generation_advance)(Generation &, int64_t steps);
+  void (*multiply_rows)(const RowsProduct &);
 };
 
 const Kernels &kernels();             // the chosen table

@@ -275,4 +275,49 @@ PYBIND11_MODULE(_C, m) {
                                     static_cast<const bool *>(at(used)), atom_count, features, gram_stride});
       },
       release);
+
+  py::class_<Generation>(m, "Generation")
+      .def(py::init([](bool is_double, int64_t batch, int64_t embed, int64_t hidden, int64_t layers, int64_t vocabulary,
+                       int64_t input_stride, Address embedding, Address weight_input, Address weight_hh,
+                       Address weight_ih, Address bias, Address static_gates, Address h0, Address c0,
+                       Address output_weight, Address output_bias, Address prefix, int64_t prefix_length, Address seeds,
+                       int64_t bos, int64_t eos, int64_t padding, int64_t max_length, int strategy, bool log_probs,
+                       double temperature, int64_t top_k, double top_p, int64_t beams, double length_penalty,
+                       int64_t n_best, int64_t no_repeat_ngram, Address tokens, Address lengths, Address scores,
+                       int64_t threads) {
+        Generation g{};
+        g.is_double = is_double;
+        g.batch = batch, g.embed = embed, g.hidden = hidden, g.layers = layers, g.vocabulary = vocabulary;
+        g.input_stride = input_stride;
+        g.embedding = at(embedding), g.weight_input = at(weight_input);
+        g.weight_hh = at(weight_hh), g.weight_ih = at(weight_ih), g.bias = at(bias);
+        g.static_gates = at(static_gates), g.h0 = at(h0), g.c0 = at(c0);
+        g.output_weight = at(output_weight), g.output_bias = at(output_bias);
+        g.prefix = integers(prefix), g.prefix_length = prefix_length, g.seeds = integers(seeds);
+        g.bos = bos, g.eos = eos, g.padding = padding, g.max_length = max_length;
+        g.strategy = static_cast<Strategy>(strategy), g.log_probs = log_probs || strategy == kBeam;
+        g.temperature = temperature, g.top_k = top_k, g.top_p = top_p, g.beams = beams;
+        g.length_penalty = length_penalty, g.n_best = n_best, g.no_repeat_ngram = no_repeat_ngram;
+        g.tokens = integers(tokens), g.lengths = integers(lengths), g.scores = at(scores), g.threads = threads;
+        return g;
+      }))
+      .def("bytes", [](const Generation &g) { return kernels().generation_bytes(g) + 64; })
+      .def_property(
+          "memory", [](const Generation &g) { return reinterpret_cast<Address>(g.memory); },
+          [](Generation &g, Address memory) { g.memory = at(memory); })
+      .def(
+          "advance",  // up to `steps` more; returns the number of sentences that go on
+          [](Generation &g, int64_t steps) {
+            kernels().generation_advance(g, steps);
+            return g.step < g.max_length ? g.active : 0;
+          },
+          release);
+  m.def(
+      "multiply_rows",
+      [](bool is_double, int64_t rows, int64_t inner, int64_t columns, Address x, Address weight, Address bias,
+         Address out, Address memory, int64_t threads) {
+        kernels().multiply_rows(
+            {is_double, rows, inner, columns, at(x), at(weight), at(bias), at(out), at(memory), threads});
+      },
+      release);
 }

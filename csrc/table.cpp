@@ -23,6 +23,9 @@ int64_t sparse_workspace(bool is_double, int64_t atoms, int64_t capacity);
 void ista(const Ista &);
 IstaSizes ista_sizes(const Ista &);
 void dictionary_sweep(const DictionarySweep &);
+int64_t generation_bytes(const Generation &);
+void generation_advance(Generation &, int64_t steps);
+void multiply_rows(const RowsProduct &);
 
 extern const Kernels table;
 const Kernels table = {
@@ -44,6 +47,9 @@ const Kernels table = {
     ista,
     ista_sizes,
     dictionary_sweep,
+    generation_bytes,
+    generation_advance,
+    multiply_rows,
 };
 
 }  // namespace fastvae::FASTVAE_ISA

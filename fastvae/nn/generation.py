@@ -1,34 +1,34 @@
-"""Writing sentences with an `LSTMDecoder`: greedy, sampled, and by beam search.
-
-The three strategies share one recurrence over plain torch ops, which knows the decoder; they know only
-tokens, log-probabilities and states.
-"""
+"""Writing sentences with a decoder: its weights and the user's wishes as operands of `ops.generation`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae.ops.backend import compute_dtype
+from fastvae.nn.cells import LSTM
+from fastvae.ops import generation
+from fastvae.ops.backend import CORE, compute_dtype
+from fastvae.ops.checks import check_device, check_float, check_index, check_shape
+from fastvae.ops.generation import BEAM, GREEDY, SAMPLE, Decoder, Recurrence, Search, States
+from fastvae.ops.random import draw_seed
 
 if TYPE_CHECKING:
     from fastvae.nn.lstm import _Decoder
 
-STRATEGIES = ("greedy", "sample", "beam")
+STRATEGIES = {"greedy": GREEDY, "sample": SAMPLE, "beam": BEAM}
 
 
 class Generated(NamedTuple):
     """Sentences in the form `LSTMDecoder.generate` describes.
 
     Attributes:
-        tokens: `(batch, length)` int64, padded behind `</s>`.
-        lengths: `(batch,)` int64, `</s>` counted.
-        log_probs: `(batch, length)`, nats, zero at padding.
+        tokens: `(batch, length)` int64, padded behind `</s>`; `(batch, n_best, length)` for n_best above 1.
+        lengths: `(batch,)` or `(batch, n_best)` int64, `</s>` counted.
+        log_probs: as tokens, nats, zero at padding.
     """
 
     tokens: Tensor
@@ -41,25 +41,89 @@ def generate(
     decoder: _Decoder,
     z: Tensor | None,
     max_length: int,
-    *,
     strategy: str,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    beam_size: int,
-    length_penalty: float,
-    generator: torch.Generator | None,
+    *,
+    prefix: Tensor | None = None,
+    seeds: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **wishes: Any,
 ) -> Generated:
-    """Write one sentence for each latent; arguments and errors as for `LSTMDecoder.generate`."""
-    special = _checked_special_tokens(decoder)
-    if z is None or z.dim() != 2 or z.size(0) < 1 or z.size(1) != decoder.latent_dim:
-        got = "None" if z is None else str(tuple(z.shape))
-        raise ValueError(f"z: expected shape (batch, {decoder.latent_dim}) with batch at least 1, got {got}")
+    """Write sentences; arguments and errors as for `LSTMDecoder.generate`."""
+    search = _checked_search(decoder, max_length, strategy, **wishes)
+    z, prefix, seeds = _checked_inputs(decoder, z, search, prefix, seeds, generator)
+    if decoder.cell == LSTM:
+        tokens, lengths, log_probs = generation.generate(*_lstm(decoder, z), prefix, seeds, *search)
+    else:
+        tokens, lengths, log_probs = generation.write(_recurrence(decoder, z), prefix, seeds, search)
+    longest = int(lengths.max())
+    tokens, log_probs = tokens[..., :longest], log_probs[..., :longest]
+    if search.n_best == 1:
+        return Generated(tokens[:, 0], lengths[:, 0], log_probs[:, 0])
+    return Generated(tokens, lengths, log_probs)
+
+
+@torch.no_grad()
+def stream(
+    decoder: _Decoder,
+    z: Tensor | None,
+    max_length: int,
+    strategy: str,
+    *,
+    prefix: Tensor | None = None,
+    seeds: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **wishes: Any,
+) -> Iterator[Tensor]:
+    """Write sentences word by word; arguments and errors as for `LSTMDecoder.stream`."""
+    if strategy == "beam":
+        raise ValueError("strategy: expected 'greedy' or 'sample' (a beam search settles no word early), got 'beam'")
+    search = _checked_search(decoder, max_length, strategy, **wishes)
+    return _steps(decoder, *_checked_inputs(decoder, z, search, prefix, seeds, generator), search)
+
+
+@torch.no_grad()
+def _steps(decoder: _Decoder, z: Tensor, prefix: Tensor, seeds: Tensor, search: Search) -> Iterator[Tensor]:
+    if decoder.cell != LSTM or CORE is None or z.device.type != "cpu" or not decoder.hidden_size:
+        recurrence = generation.recurrence(_lstm(decoder, z)) if decoder.cell == LSTM else _recurrence(decoder, z)
+        for words, _ in generation.steps(recurrence, prefix, seeds, search):
+            yield words
+        return
+    steps = generation.Steps(_lstm(decoder, z), prefix, seeds, search)
+    for t in range(search.max_length):
+        more = steps.advance(1)
+        yield steps.tokens[:, 0, t].clone()
+        if not more:
+            return
+
+
+def _checked_search(
+    decoder: _Decoder,
+    max_length: int,
+    strategy: str,
+    *,
+    log_probs: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    beam_size: int = 1,
+    length_penalty: float = 0.0,
+    n_best: int = 1,
+    no_repeat_ngram: int = 0,
+) -> Search:
+    bos, eos, pad = decoder.bos_index, decoder.eos_index, decoder.pad_index
+    if bos is None or eos is None:
+        missing = "bos_index" if bos is None else "eos_index"
+        raise ValueError(f"{missing}: expected a token in order to generate, got None in the decoder")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
     if max_length < 1:
         raise ValueError(f"max_length: expected at least 1, got {max_length}")
-    if strategy == "greedy":
-        step = _Recurrence(decoder, z, max_length)
-        return _one_by_one(step, special, max_length, lambda log_probs: log_probs.argmax(-1))
+    if no_repeat_ngram < 0:
+        raise ValueError(f"no_repeat_ngram: expected at least 0, got {no_repeat_ngram}")
+    if n_best != 1 and strategy != "beam":
+        raise ValueError(f"n_best: expected 1 for strategy {strategy!r}, got {n_best}")
+    padding = eos if pad is None else pad
+    search = Search(bos, eos, padding, max_length, STRATEGIES[strategy], log_probs, no_repeat_ngram=no_repeat_ngram)
     if strategy == "sample":
         if not temperature > 0:
             raise ValueError(f"temperature: expected above 0, got {temperature}")
@@ -67,172 +131,118 @@ def generate(
             raise ValueError(f"top_k: expected at least 0, got {top_k}")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p: expected a share in (0, 1], got {top_p}")
-
-        def draw(log_probs: Tensor) -> Tensor:
-            probs = truncated((log_probs / temperature).softmax(-1), top_k, top_p)
-            return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
-
-        return _one_by_one(_Recurrence(decoder, z, max_length), special, max_length, draw)
+        # Colder than this is as cold; its inverse would overflow.
+        return search._replace(temperature=max(temperature, 1e-30), top_k=top_k, top_p=top_p)
     if strategy == "beam":
         if beam_size < 1:
             raise ValueError(f"beam_size: expected at least 1, got {beam_size}")
         if length_penalty < 0:
             raise ValueError(f"length_penalty: expected at least 0, got {length_penalty}")
-        step = _Recurrence(decoder, z.repeat_interleave(beam_size, 0), max_length)
-        return _beam_search(step, special, max_length, beam_size, length_penalty)
-    raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
+        if not 1 <= n_best <= beam_size:
+            raise ValueError(f"n_best: expected 1 to {beam_size} (beam_size), got {n_best}")
+        return search._replace(log_probs=True, beam_size=beam_size, length_penalty=length_penalty, n_best=n_best)
+    return search
 
 
-def truncated(probs: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Zero the probabilities outside the `top_k` likeliest and outside the nucleus of mass `top_p`.
+def _checked_inputs(
+    decoder: _Decoder,
+    z: Tensor | None,
+    search: Search,
+    prefix: Tensor | None,
+    seeds: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight, latent_dim = decoder.embedding.weight, decoder.latent_dim
+    if z is None and latent_dim == 0:
+        like = prefix if prefix is not None else seeds
+        z = weight.new_empty(1 if like is None or like.dim() == 0 else like.size(0), 0)
+    if z is None or z.dim() != 2 or z.size(0) < 1 or z.size(1) != latent_dim:
+        got = "None" if z is None else str(tuple(z.shape))
+        raise ValueError(f"z: expected shape (batch, {latent_dim}) with batch at least 1, got {got}")
+    check_float("z", z)
+    check_device("z", z, "the decoder", weight)
+    batch = z.size(0)
+    prefix = _checked_prefix(decoder, search, prefix, batch)
+    if seeds is None:
+        sampled = search.strategy == SAMPLE
+        seeds = draw_seed(z.device, generator, batch) if sampled else prefix.new_zeros(batch)
+    elif generator is not None:
+        raise ValueError("seeds: expected None when a generator is given, got both")
+    check_index("seeds", seeds, "the decoder", weight)
+    check_shape("seeds", seeds, (batch,), "(batch,)")
 
-    Args:
-        probs: `(..., V)`, each row a distribution.
-        top_k: number of tokens to keep; 0 for all.
-        top_p: mass of the nucleus, the fewest likeliest tokens that hold it, counted after `top_k`.
-
-    Returns:
-        `(..., V)`, not normalized; at least one token stays in each row.
-
-    Source: Holtzman et al., The Curious Case of Neural Text Degeneration (2020), section 3.1.
-    """
-    size = probs.size(-1)
-    if top_k in range(1, size) or top_p < 1:
-        kept, index = probs.topk(top_k if 0 < top_k < size else size, -1)
-        if top_p < 1:
-            kept = kept / kept.sum(-1, keepdim=True)
-            before = kept.cumsum(-1) - kept
-            kept = kept.masked_fill(before >= top_p, 0.0)
-        probs = torch.zeros_like(probs).scatter(-1, index, kept)
-    return probs
-
-
-class _SpecialTokens(NamedTuple):
-    bos: int
-    eos: int
-    padding: int
-    forbidden: list[int]
-
-
-def _checked_special_tokens(decoder: _Decoder) -> _SpecialTokens:
-    bos, eos, pad = decoder.bos_index, decoder.eos_index, decoder.pad_index
-    if bos is None or eos is None:
-        missing = "bos_index" if bos is None else "eos_index"
-        raise ValueError(f"{missing}: expected a token in order to generate, got None in the decoder")
-    # Some vocabularies pad with </s>; that one must stay possible.
-    forbidden = sorted({bos, eos if pad is None else pad} - {eos})
-    return _SpecialTokens(bos, eos, eos if pad is None else pad, forbidden)
+    return z.to(compute_dtype(weight)), prefix, seeds
 
 
-class _Recurrence:
-    """One step of the decoder for a batch: (tokens, states) to (log-probabilities of the next token, states)."""
+def _lstm(decoder: _Decoder, z: Tensor) -> Decoder:
+    """The decoder's weights, and the start of each sentence, as the op takes them."""
+    compute, hidden_size, embed = z.dtype, decoder.hidden_size, decoder.embed_dim
+    layers = [[None if p is None else p.to(compute) for p in decoder.layer(i)] for i in range(decoder.num_layers)]
+    weights_ih, weights_hh, biases = (list(column) for column in zip(*layers, strict=True))
+    biases = [w.new_zeros(4 * hidden_size) if b is None else b for w, b in zip(weights_hh, biases, strict=True)]
+    static_gates = biases[0].expand(z.size(0), -1)
+    states = z.new_zeros(2, decoder.num_layers, z.size(0), hidden_size)
+    if decoder.latent_dim:
+        static_gates = generation.linear_rows(z, weights_ih[0][:, embed:], biases[0])
+    if decoder.initial_state is not None:
+        start = decoder.initial_state.weight.to(compute)
+        given = decoder.initial_state.bias
+        bias = start.new_zeros(len(start)) if given is None else given.to(compute)
+        # As `initial_states`, but a row that does not depend on the batch around it.
+        states = generation.linear_rows(z, start, bias).reshape(z.size(0), 2, -1, hidden_size).permute(1, 2, 0, 3)
+    output = decoder.output
+    return Decoder(
+        embedding=decoder.embedding.weight.to(compute),
+        weight_input=weights_ih[0][:, :embed],
+        weight_hh=torch.stack(weights_hh) if len(weights_hh) > 1 else weights_hh[0][None],
+        weight_ih=torch.stack(weights_ih[1:]) if weights_ih[1:] else z.new_empty(0, 4 * hidden_size, hidden_size),
+        bias=torch.stack(biases[1:]) if biases[1:] else z.new_empty(0, 4 * hidden_size),
+        static_gates=static_gates,
+        h0=states[0],
+        c0=states[1],
+        output_weight=output.weight.to(compute),
+        output_bias=z.new_zeros(decoder.vocab_size) if output.bias is None else output.bias.to(compute),
+    )
 
-    def __init__(self, decoder: _Decoder, z: Tensor, steps: int) -> None:
-        self.decoder = decoder
-        self.rows = z.size(0)
-        self.start = decoder.initial_states(z)  # each (num_layers, rows, hidden)
-        self.score_dtype = compute_dtype(z)
-        self.weight_input = decoder.weight_ih[:, : decoder.embed_dim]
-        # The latent adds the same to the inputs' product at every step.
-        self.static = F.linear(z, decoder.weight_ih[:, decoder.embed_dim :])
-        # One product for the whole vocabulary pays once the steps look up more words than there are.
-        self.table: Tensor | None = None
-        if self.rows * steps >= decoder.vocab_size:
-            self.table = F.linear(decoder.embedding.weight, self.weight_input)
 
-    def __call__(self, tokens: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if self.table is not None:
-            inputs = self.table[tokens]
-        else:
-            inputs = F.linear(self.decoder.embedding.weight[tokens], self.weight_input)
-        product = inputs + self.static
-        after: list[tuple[Tensor, ...]] = []
-        for layer in range(self.decoder.num_layers):
-            parameters = self.decoder.layer(layer)
+def _recurrence(decoder: _Decoder, z: Tensor) -> Recurrence:
+    """Any decoder as the eager loops take it, in the type of its weights."""
+    weight, embed = decoder.embedding.weight, decoder.embed_dim
+    z = z.to(weight.dtype)
+    weight_ih = decoder.layer(0)[0]
+
+    def step(words: Tensor, static: Tensor, states: States) -> tuple[Tensor, States]:
+        product = F.linear(F.embedding(words, weight), weight_ih[:, :embed]) + static
+        after: list[States] = []
+        for layer in range(decoder.num_layers):
+            parameters = decoder.layer(layer)
             if layer:
                 product = F.linear(after[-1][0], parameters[0])
-            after.append(self.decoder.cell.step(product, tuple(state[layer] for state in states), parameters))
-        scores = self.decoder.output(after[-1][0]).log_softmax(-1, dtype=self.score_dtype)
-        return scores, tuple(torch.stack(layers) for layers in zip(*after, strict=True))
+            after.append(decoder.cell.step(product, tuple(state[layer] for state in states), parameters))
+        log_probs = decoder.output(after[-1][0]).log_softmax(-1, dtype=compute_dtype(weight))
+        return log_probs, tuple(torch.stack(layers) for layers in zip(*after, strict=True))
+
+    return Recurrence(step, F.linear(z, weight_ih[:, embed:]), decoder.initial_states(z))
 
 
-def _one_by_one(
-    step: _Recurrence, special: _SpecialTokens, max_length: int, choose: Callable[[Tensor], Tensor]
-) -> Generated:
-    states = step.start
-    last = torch.full((step.rows,), special.bos, device=states[0].device)
-    ended = torch.zeros_like(last, dtype=torch.bool)
-    lengths = torch.zeros_like(last)
-    tokens, log_probs = [], []
-    for _ in range(max_length):
-        scores, states = step(last, states)
-        scores[:, special.forbidden] = -math.inf
-        last = choose(scores)
-        tokens.append(last.masked_fill(ended, special.padding))
-        log_probs.append(scores.gather(-1, last.unsqueeze(-1)).squeeze(-1).masked_fill(ended, 0.0))
-        lengths += ~ended
-        ended |= last == special.eos
-        if ended.all():
-            break
-    return Generated(torch.stack(tokens, 1), lengths, torch.stack(log_probs, 1))
-
-
-def _beam_search(
-    step: _Recurrence, special: _SpecialTokens, max_length: int, beam_size: int, length_penalty: float
-) -> Generated:
-    """Best sentence of each row; among 2K candidates at most K end, so K beginnings always go on.
-
-    A sentence that ends counts when it ranks among the first K. The search of a row is over when no
-    beginning can still beat its best sentence: log-probabilities only fall, and `max_length` bounds the
-    length they are divided by. Rows that are over keep stepping until all are, which cannot change them.
-    """
-    states = step.start
-    device, batch = states[0].device, step.rows // beam_size
-    row = torch.arange(batch, device=device)
-    last = torch.full((step.rows,), special.bos, device=device)
-    # The beams of a row start out alike: only the first may be extended.
-    scores = torch.full((batch, beam_size), -math.inf, device=device, dtype=step.score_dtype)
-    scores[:, 0] = 0.0
-    tokens = torch.full((batch, beam_size, max_length), special.padding, device=device)
-    log_probs = torch.zeros(tokens.shape, device=device, dtype=step.score_dtype)
-    best = torch.full_like(scores[:, 0], -math.inf)
-    best_tokens, best_log_probs, best_lengths = tokens[:, 0], log_probs[:, 0], torch.zeros_like(row)
-
-    for length in range(1, max_length + 1):
-        step_scores, states = step(last, states)
-        step_scores[:, special.forbidden] = -math.inf
-        # The best candidates of a row are among the best of each of its beams.
-        width = min(2 * beam_size, step_scores.size(-1))
-        word_score, word = (best_of.reshape(batch, -1) for best_of in step_scores.topk(width, -1))
-        totals, index = (scores.repeat_interleave(width, 1) + word_score).topk(min(2, width) * beam_size, 1)
-        parent, word, word_score = index // width, word.gather(1, index), word_score.gather(1, index)
-
-        ends = word == special.eos
-        finished = totals[:, :beam_size].masked_fill(~ends[:, :beam_size], -math.inf) / length**length_penalty
-        finished_score, rank = finished.max(1)
-        better = finished_score > best
-        best = torch.where(better, finished_score, best)
-        source = parent[row, rank]
-        ended_tokens, ended_log_probs = tokens[row, source], log_probs[row, source]
-        ended_tokens[:, length - 1] = special.eos
-        ended_log_probs[:, length - 1] = word_score[row, rank]
-        best_tokens = torch.where(better.unsqueeze(1), ended_tokens, best_tokens)
-        best_log_probs = torch.where(better.unsqueeze(1), ended_log_probs, best_log_probs)
-        best_lengths = best_lengths.masked_fill(better, length)
-
-        scores, rank = totals.masked_fill(ends, -math.inf).topk(beam_size, 1)
-        parent, word, word_score = parent.gather(1, rank), word.gather(1, rank), word_score.gather(1, rank)
-        tokens, log_probs = tokens[row.unsqueeze(1), parent], log_probs[row.unsqueeze(1), parent]
-        tokens[:, :, length - 1], log_probs[:, :, length - 1] = word, word_score
-        if (best >= scores[:, 0] / max_length**length_penalty).all():
-            break
-        beams = (row.unsqueeze(1) * beam_size + parent).reshape(-1)
-        last, states = word.reshape(-1), tuple(state[:, beams] for state in states)
-
-    # Where nothing ended in time, the likeliest beginning stands, cut at max_length.
-    cut = best == -math.inf
-    best_tokens = torch.where(cut.unsqueeze(1), tokens[:, 0], best_tokens)
-    best_log_probs = torch.where(cut.unsqueeze(1), log_probs[:, 0], best_log_probs)
-    best_lengths = best_lengths.masked_fill(cut, max_length)
-    longest = int(best_lengths.max())
-    return Generated(best_tokens[:, :longest], best_lengths, best_log_probs[:, :longest])
+def _checked_prefix(decoder: _Decoder, search: Search, prefix: Tensor | None, batch: int) -> Tensor:
+    """The first tokens as the op takes them: -1 behind each sentence's own."""
+    weight = decoder.embedding.weight
+    if prefix is None:
+        return torch.empty(batch, 0, dtype=torch.int64, device=weight.device)
+    check_index("prefix", prefix, "the decoder", weight)
+    if prefix.dim() != 2 or prefix.size(0) != batch or prefix.size(1) > search.max_length:
+        raise ValueError(
+            f"prefix: expected shape (batch, length) = ({batch}, at most max_length {search.max_length}), "
+            f"got {tuple(prefix.shape)}"
+        )
+    free = prefix == search.padding
+    if (free[:, :-1] & ~free[:, 1:]).any():
+        raise ValueError("prefix: expected padding only behind the first tokens, got tokens behind it")
+    if ((prefix < 0) | (prefix >= decoder.vocab_size)).any():
+        raise ValueError(
+            f"prefix: expected tokens in [0, {decoder.vocab_size}), got {int(prefix.min())} to {int(prefix.max())}"
+        )
+    if (~free & ((prefix == search.bos) | (prefix == search.eos))).any():
+        raise ValueError(f"prefix: expected neither <s> ({search.bos}) nor </s> ({search.eos}), got one of them")
+    return prefix.masked_fill(free, -1)

@@ -6,6 +6,7 @@ Over the fused recurrences of `fastvae.functional` and `linear_cross_entropy`.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Self, TypedDict, TypeVar, Unpack
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fastvae.functional import linear_cross_entropy
 from fastvae.nn.cells import LAYER_NORM_LSTM, LSTM, Cell
-from fastvae.nn.generation import generate
+from fastvae.nn.generation import generate, stream
 
 _IGNORED = -100
 _Recurrence = TypeVar("_Recurrence", nn.LSTM, nn.GRU)
@@ -367,19 +368,25 @@ class _Decoder(_Layers):
         top_p: float = 1.0,
         beam_size: int = 5,
         length_penalty: float = 0.0,
+        n_best: int = 1,
+        no_repeat_ngram: int = 0,
+        prefix: Tensor | None = None,
+        seeds: Tensor | None = None,
         generator: torch.Generator | None = None,
         return_log_probs: bool = False,
     ) -> tuple[Tensor, ...]:
         """Write one sentence for each latent vector.
 
         No dropout is applied, in either mode, and no gradient recorded. `<pad>` and `<s>` are never
-        written. A sentence that has not ended after `max_length` tokens is cut there.
+        written. A sentence that has not ended after `max_length` tokens is cut there. On the CPU a
+        sentence is the same, to the bit, whatever the batch around it and the number of threads.
 
         Args:
-            z: `(batch, latent_dim)`. For `latent_dim=0`: `(batch, 0)`, or None for one sentence.
+            z: `(batch, latent_dim)`. For `latent_dim=0`: `(batch, 0)`, or None for one sentence, or for
+                as many as `prefix` or `seeds` has.
             max_length: most tokens to write, `</s>` counted, at least 1.
             strategy: "greedy" takes the likeliest token at each step, "sample" draws it, "beam" keeps
-                the `beam_size` likeliest beginnings and gives the best sentence found.
+                the `beam_size` likeliest beginnings and gives the best sentences found.
             temperature: "sample" divides the logits by it; above 0.
             top_k: "sample" draws among the k likeliest tokens only; 0 for all.
             top_p: "sample" draws among the fewest likeliest tokens that hold this much probability,
@@ -387,31 +394,86 @@ class _Decoder(_Layers):
             beam_size: number of beginnings kept by "beam"; 1 gives the greedy sentence.
             length_penalty: "beam" ranks by log p(x|z) / length ** length_penalty: 0 ranks by
                 likelihood, 1 by the mean per token.
-            generator: source of the draws of "sample"; the global generator when None.
+            n_best: number of sentences that "beam" gives for each latent, the best first, at most
+                `beam_size`. Behind those that ended stand the likeliest beginnings, cut; where there are
+                too few even of these, sentences of length 0.
+            no_repeat_ngram: no n-gram of this size occurs twice in a sentence; 0 allows all.
+            prefix: tokens to begin with, `(batch, at most max_length)` int64, padded on the right with
+                `pad_index` (`eos_index` if that is None). They count as written.
+            seeds: `(batch,)` int64: the draws of a sentence depend on its own seed alone.
+            generator: source of the seeds when they are not given; the global generator when None.
             return_log_probs: also return the tokens' log-probabilities.
 
         Returns:
             tokens `(batch, length)` int64, length at most `max_length`: no `<s>`, `</s>` kept, then
             padding; lengths `(batch,)` int64 with `</s>` counted; and with `return_log_probs` each
             token's log p under the model itself (temperature 1, whole vocabulary), in nats, zero
-            at padding, `(batch, length)`.
+            at padding, `(batch, length)`. For n_best above 1 each has a dimension `n_best` after `batch`.
 
         Raises:
-            ValueError: for an argument out of range, or a decoder without `bos_index` or `eos_index`.
+            TypeError, ValueError: for an argument of the wrong type, shape or range, or a decoder without
+                `bos_index` or `eos_index`.
         """
         generated = generate(
             self,
-            z if z is not None or self.latent_dim else self.weight_hh.new_empty(1, 0),
+            z,
             max_length,
-            strategy=strategy,
+            strategy,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             beam_size=beam_size,
             length_penalty=length_penalty,
+            n_best=n_best,
+            no_repeat_ngram=no_repeat_ngram,
+            prefix=prefix,
+            seeds=seeds,
             generator=generator,
+            log_probs=return_log_probs,
         )
         return generated if return_log_probs else generated[:2]
+
+    def stream(
+        self,
+        z: Tensor | None,
+        max_length: int,
+        strategy: Literal["greedy", "sample"] = "greedy",
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        no_repeat_ngram: int = 0,
+        prefix: Tensor | None = None,
+        seeds: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Write as `generate`, and give the tokens as they come.
+
+        The decoder must not change until the iterator ends.
+
+        Args:
+            z, max_length, strategy, ...: as for `generate`.
+
+        Returns:
+            An iterator over the steps: tokens `(batch,)` int64, padding where a sentence has ended. It
+            stops when all have.
+
+        Raises:
+            TypeError, ValueError: as `generate`, at once.
+        """
+        return stream(
+            self,
+            z,
+            max_length,
+            strategy,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            no_repeat_ngram=no_repeat_ngram,
+            prefix=prefix,
+            seeds=seeds,
+            generator=generator,
+        )
 
     @classmethod
     def _adopt(

@@ -21,24 +21,25 @@ _MASK = 0xFFFFFFFF
 _UNIFORM_SCALE = 4.6566127342e-10  # largest float32 with (2**31 - 1) * scale < 1
 
 
-def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """Draw a seed from `generator` (the device's default one if None) without leaving the device.
+def draw_seed(device: torch.device, generator: torch.Generator | None = None, count: int = 1) -> Tensor:
+    """Draw seeds from `generator` (the device's default one if None) without leaving the device.
 
     Args:
         device: where the seed is needed.
         generator: a generator of that device.
+        count: number of seeds.
 
     Returns:
-        int64 tensor of shape (1,), uniform over the non-negative int64 numbers.
+        int64 tensor of shape (count,), uniform over the non-negative int64 numbers.
 
     Raises:
         ValueError: if `generator` belongs to another device type.
     """
     if generator is None:
-        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+        return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=device)
     if generator.device.type != device.type:
         raise ValueError(f"generator: expected a generator on {device}, got one on {generator.device}")
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
+    return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=device, generator=generator)
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
