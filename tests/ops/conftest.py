@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastvae.ops import backend as backend_module
-from fastvae.ops import cross_entropy, gaussian, gru, layer_norm_lstm, lstm, sparse
+from fastvae.ops import cross_entropy, gaussian, generation, gru, layer_norm_lstm, lstm, sparse
 
 REFERENCES = {
     "gaussian_sample_kl": gaussian.reference_sample_kl,
@@ -20,6 +20,8 @@ REFERENCES = {
     "layer_norm_lstm_decode": layer_norm_lstm._reference_op,
     "layer_norm_lstm_decode_backward": layer_norm_lstm.reference_backward,
     "ista": sparse.reference_ista,
+    "generate": generation.reference,
+    "linear_rows": generation.F.linear,
 }
 
 
@@ -27,7 +29,7 @@ REFERENCES = {
 def backend(request, monkeypatch):
     """Run the test on the C++ core and on the reference, both with CPU tensors."""
     if request.param == "reference":
-        for module in (cross_entropy, gru, layer_norm_lstm, lstm):
+        for module in (cross_entropy, generation, gru, layer_norm_lstm, lstm):
             monkeypatch.setattr(module, "CORE", None)
         with torch.library._scoped_library("fastvae", "IMPL") as library:
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it overrides

@@ -1,10 +1,12 @@
 import itertools
+import signal
 
 import pytest
 import torch
+from torch import nn
 
-from fastvae.nn import LSTMDecoder
-from fastvae.nn.generation import truncated
+from fastvae.nn import LSTMDecoder, generation
+from fastvae.ops.generation import Steps
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 SPECIAL = {"pad_index": PAD, "unk_index": UNK, "bos_index": BOS, "eos_index": EOS}
@@ -53,14 +55,17 @@ def test_greedy_takes_the_likeliest_token_of_the_whole_sequence_model(latent_set
         assert (row[length:] == PAD).all()
 
 
-@pytest.mark.parametrize("strategy", ["greedy", "beam"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_sentence_does_not_depend_on_its_batch(strategy):
-    # Ten latents pass through the table of gates for the whole vocabulary, one alone does not.
-    decoder, z = make_decoder(vocab_size=60), latents(10)
-    tokens, lengths = decoder.generate(z, 7, strategy, beam_size=2)
-    for row, latent, length in zip(tokens, z, lengths.tolist(), strict=True):
-        alone, _ = decoder.generate(latent.unsqueeze(0), 7, strategy, beam_size=2)
-        assert alone[0].tolist() == row[:length].tolist()
+    """Not even in the last digit."""
+    decoder, z, seeds = make_decoder(vocab_size=60).float(), latents(10).float(), torch.arange(10)
+    tokens, lengths, log_probs = decoder.generate(z, 7, strategy, beam_size=2, seeds=seeds, return_log_probs=True)
+    for row, length in enumerate(lengths.tolist()):
+        alone = decoder.generate(
+            z[row : row + 1], 7, strategy, beam_size=2, seeds=seeds[row : row + 1], return_log_probs=True
+        )
+        assert torch.equal(alone[0][0], tokens[row, :length])
+        assert torch.equal(alone[2][0], log_probs[row, :length])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -184,23 +189,148 @@ def test_truncated_sampling_stays_inside_its_set(top_k, top_p):
     assert outside_plain_argmax > 20
 
 
-def test_truncation_keeps_the_exact_set():
-    probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
-    for top_k, top_p, kept in [
-        (0, 1.0, [0, 1, 2, 3]),
-        (2, 1.0, [1, 3]),
-        (9, 1.0, [0, 1, 2, 3]),
-        (0, 0.3, [1]),
-        (0, 0.69, [1, 3]),
-        (0, 0.71, [1, 2, 3]),
-        (2, 0.5, [1]),  # 0.4 / 0.7 holds half of what top_k left
-        (0, 1e-9, [1]),
-    ]:
-        assert truncated(probs, top_k, top_p)[0].nonzero().flatten().tolist() == kept, (top_k, top_p)
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_n_best_are_the_best_of_exhaustive_search(length_penalty):
+    decoder, max_length, n_best = make_decoder(vocab_size=6, sharpness=4.0, end_bias=-2.0), 3, 5
+    z = latents(3)
+    tokens, lengths, log_probs = decoder.generate(
+        z, max_length, "beam", beam_size=36, n_best=n_best, length_penalty=length_penalty, return_log_probs=True
+    )
+    assert tokens.shape == log_probs.shape == (3, n_best, max_length)
+    for row, latent in enumerate(z):
+        found = []
+        for size in range(max_length):
+            for beginning in itertools.product([UNK, 4, 5], repeat=size):
+                sentence = [*beginning, EOS]
+                table = next_log_probs(decoder, latent, beginning).detach()
+                score = table[torch.arange(size + 1), torch.tensor(sentence)].sum() / (size + 1) ** length_penalty
+                found.append((float(score), sentence))
+        found.sort(reverse=True)
+        for place in range(n_best):
+            length = int(lengths[row, place])
+            assert tokens[row, place, :length].tolist() == found[place][1]
+            score = float(log_probs[row, place].sum() / length**length_penalty)
+            assert score == pytest.approx(found[place][0])
 
 
-def test_top_k_keeps_k_of_equal_tokens():
-    assert (truncated(torch.full((1, 8), 0.125), 3, 1.0) > 0).sum() == 3
+def test_places_of_n_best_without_an_ended_sentence_hold_cut_ones_then_none():
+    decoder = make_decoder(vocab_size=6)
+    with torch.no_grad():
+        decoder.output.bias[EOS] = -500.0
+    tokens, lengths = decoder.generate(latents(2), 1, "beam", beam_size=7, n_best=7)
+    assert lengths.tolist() == [[1, 1, 1, 1, 0, 0, 0]] * 2, "three words and </s> are all there is"
+    assert (tokens[:, 0] == EOS).all()
+    assert [sorted(row[1:4].flatten().tolist()) for row in tokens] == [[UNK, 4, 5]] * 2
+    assert (tokens[:, 4:] == PAD).all()
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_number_of_layers(strategy, layers):
+    decoder, z = make_decoder(num_layers=layers), latents(6)
+    tokens, lengths, log_probs = decoder.generate(z, 6, strategy, return_log_probs=True)
+    sentences = torch.cat([torch.full((6, 1), BOS), tokens], 1)
+    torch.testing.assert_close(-log_probs.sum(1), decoder(sentences, z, lengths + 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_count_in_float32(dtype):
+    decoder, z = make_decoder().to(dtype), latents(6).to(dtype)
+    for mine, exact in zip(
+        decoder.generate(z, 6, return_log_probs=True),
+        decoder.float().generate(z.float(), 6, return_log_probs=True),
+        strict=True,
+    ):
+        assert torch.equal(mine, exact)
+
+
+def test_modules_without_biases_and_without_latent():
+    torch.manual_seed(0)
+    modules = nn.Embedding(20, 4), nn.LSTM(4, 7, 2, bias=False, batch_first=True), nn.Linear(7, 20, bias=False)
+    decoder = LSTMDecoder.from_modules(*modules, **SPECIAL)
+    prefix = torch.tensor([[5, 6], [7, PAD]])
+    tokens, lengths, log_probs = decoder.generate(None, 9, "sample", prefix=prefix, return_log_probs=True)
+    assert tokens.shape[0] == 2
+    sentences = torch.cat([torch.full((2, 1), BOS), tokens], 1)
+    torch.testing.assert_close(-log_probs.sum(1), decoder(sentences, None, lengths + 1))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_prefix_comes_first_and_is_scored(strategy):
+    decoder, z = make_decoder(), latents(4)
+    prefix = torch.tensor([[7, 8, 9], [10, PAD, PAD], [PAD, PAD, PAD], [11, 12, PAD]])
+    tokens, lengths, log_probs = decoder.generate(z, 7, strategy, prefix=prefix, return_log_probs=True)
+    given = prefix != PAD
+    assert torch.equal(tokens[:, :3][given], prefix[given])
+    sentences = torch.cat([torch.full((4, 1), BOS), tokens], 1)
+    torch.testing.assert_close(-log_probs.sum(1), decoder(sentences, z, lengths + 1))
+    assert (lengths >= given.sum(1)).all()
+
+
+def test_a_seed_belongs_to_its_sentence():
+    decoder, z, seeds = make_decoder(sharpness=1.0, end_bias=0.0), latents(8), torch.arange(8)
+    tokens, _ = decoder.generate(z, 9, "sample", seeds=seeds)
+    again, _ = decoder.generate(z[[5, 2]], 9, "sample", seeds=seeds[[5, 2]])
+    assert torch.equal(again, tokens[[5, 2], : again.size(1)])
+    other, _ = decoder.generate(z, 9, "sample", seeds=seeds + 1)
+    assert not torch.equal(other, tokens)
+    same_latent, _ = decoder.generate(z[:1].expand(8, -1), 9, "sample", seeds=seeds)
+    assert len({tuple(row) for row in same_latent.tolist()}) > 4
+
+
+@pytest.mark.parametrize("core", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"strategy": "sample", "top_p": 0.9, "seeds": torch.arange(9)},
+        {"strategy": "sample", "prefix": torch.tensor([[7, 8]] * 9), "no_repeat_ngram": 2, "seeds": torch.arange(9)},
+    ],
+)
+def test_stream_gives_what_generate_gives(options, core, monkeypatch):
+    if not core:
+        monkeypatch.setattr(generation, "CORE", None)
+    decoder, z = make_decoder(end_bias=3.0), latents(9)
+    tokens, lengths = decoder.generate(z, 8, **options)
+    assert len(set(lengths.tolist())) > 1
+    steps = [*decoder.stream(z, 8, **options)]
+    assert torch.equal(torch.stack(steps, 1), tokens)
+
+
+def test_a_long_call_can_be_interrupted(monkeypatch):
+    """What a signal raises comes before the last step: the core was not busy to the end."""
+    if generation.CORE is None:
+        pytest.skip("the C++ core is not built")
+    unfinished, advance = [], Steps.advance
+
+    def interrupt(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(Steps, "advance", lambda *arguments: unfinished.append(advance(*arguments)) or unfinished[-1])
+    decoder, before = make_decoder(sharpness=1.0, end_bias=-50.0), signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(InterruptedError):
+            decoder.generate(latents(2), 3_000_000)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert all(unfinished)
+
+
+def test_stream_writes_no_further_than_asked():
+    """A step is taken when it is asked for: the first token comes before the second is computed."""
+    decoder = make_decoder(sharpness=1.0, end_bias=-50.0)
+    steps = decoder.stream(latents(2), 10**9 // 64)
+    assert next(steps).shape == (2,)
+    assert next(steps).shape == (2,)
+
+
+def test_stream_complains_at_once():
+    with pytest.raises(ValueError, match="strategy: expected 'greedy' or 'sample'"):
+        make_decoder().stream(latents(2), 3, "beam")
+    with pytest.raises(ValueError, match="max_length"):
+        make_decoder().stream(latents(2), 0)
 
 
 def test_generation_ignores_dropout_and_leaves_the_module_alone():
@@ -225,12 +355,30 @@ def test_generation_ignores_dropout_and_leaves_the_module_alone():
         ({"z": torch.zeros(2, 4)}, "z: expected"),
         ({"z": torch.zeros(0, 3)}, "z: expected"),
         ({"z": None}, "z: expected"),
+        ({"n_best": 2}, "n_best: expected 1 for strategy 'greedy', got 2"),
+        ({"strategy": "beam", "n_best": 6}, "n_best: expected 1 to 5"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram"),
+        ({"prefix": torch.full((3, 1), 5)}, "prefix: expected shape"),
+        ({"prefix": torch.full((2, 4), 5)}, "prefix: expected shape"),
+        ({"prefix": torch.full((2, 1), 30)}, "prefix: expected tokens in"),
+        ({"prefix": torch.full((2, 1), -1)}, "prefix: expected tokens in"),
+        ({"prefix": torch.full((2, 1), EOS)}, "prefix: expected neither"),
+        ({"prefix": torch.full((2, 1), BOS)}, "prefix: expected neither"),
+        ({"prefix": torch.tensor([[5, 6], [PAD, 6]])}, "prefix: expected padding only behind"),
+        ({"seeds": torch.zeros(3, dtype=torch.int64)}, "seeds: expected shape"),
+        ({"seeds": torch.zeros(2, dtype=torch.int64), "generator": torch.Generator()}, "seeds: expected None"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
     decoder = make_decoder()
     with pytest.raises(ValueError, match=message):
         decoder.generate(**({"z": latents(2), "max_length": 3} | arguments))
+
+
+@pytest.mark.parametrize("argument", ["prefix", "seeds"])
+def test_integers_are_asked_for(argument):
+    with pytest.raises(TypeError, match=f"{argument}: expected an int64 tensor"):
+        make_decoder().generate(latents(2), 3, **{argument: torch.ones(2)})
 
 
 def test_a_decoder_without_special_tokens_says_so():
