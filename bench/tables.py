@@ -20,6 +20,7 @@ _TITLES = {
     "cross_entropy": "Linear + cross-entropy",
     "lstm": "LSTM",
     "gru": "GRU",
+    "generation": "Generation",
     "sparse": "Sparse coding",
 }
 
