@@ -113,11 +113,11 @@ def test_log_probs_are_those_of_teacher_forcing(dtype, backend):
     for name in ("greedy, scored", "sample, cold", "top k, top p", "beam, no trigram twice"):
         search = SEARCHES[name]
         tokens, lengths, log_probs = generation.generate(*decoder, prefix, seeds, *search)
-        exact = Decoder(*(t.double() for t in decoder))
+        step, static, start = generation.recurrence(Decoder(*(t.double() for t in decoder)))
         for place in range(search.n_best):
-            h, c, words = exact.h0, exact.c0, torch.full((9,), BOS)
+            states, words = start, torch.full((9,), BOS)
             for t in range(search.max_length):
-                expected, h, c = generation._step(exact, words, h, c)
+                expected, states = step(words, static, states)
                 words = tokens[:, place, t]
                 expected = expected.gather(1, words[:, None])[:, 0].masked_fill(t >= lengths[:, place], 0)
                 torch.testing.assert_close(log_probs[:, place, t].double(), expected, rtol=1e-5, atol=1e-4)
@@ -134,7 +134,8 @@ def test_sampled_frequencies(temperature, top_k, top_p, backend):
     search = Search(BOS, EOS, PAD, 1, SAMPLE, False, temperature, top_k, top_p)
     seeds, prefix = torch.arange(count), prefix.expand(count, -1)
     words = generation.generate(*decoder, prefix, seeds, *search)[0][:, 0, 0]
-    log_probs = generation._step(decoder, torch.full((1,), BOS), decoder.h0[:, :1], decoder.c0[:, :1])[0][0]
+    step, static, states = generation.recurrence(rows_of(decoder, torch.zeros(1, dtype=torch.int64)))
+    log_probs = step(torch.full((1,), BOS), static, states)[0][0]
     weights = (generation._allowed(log_probs[None], words.new_empty(1, 0), search) / temperature).double().softmax(-1)
     if top_k or top_p < 1:
         kept, order = truncated(weights, top_k, top_p)
