@@ -126,7 +126,7 @@ def _greedy(batch: int, vocabulary: int) -> Case:
     compiled = torch.compile(modules.greedy_step, fullgraph=True, dynamic=False)
     contenders = {
         OURS: lambda: decoder.generate(z, TIME)[0],
-        "LSTMCell loop": lambda: modules.write(modules.greedy_step, z),
+        "eager": lambda: modules.write(modules.greedy_step, z),
         "torch.compile": lambda: modules.write(compiled, z),
     }
 
@@ -148,8 +148,8 @@ def _sampled(batch: int, vocabulary: int) -> Case:
     compiled = torch.compile(modules.raced_step, fullgraph=True, dynamic=False)
     contenders = {
         OURS: lambda: decoder.generate(z, TIME, "sample")[0],
-        "LSTMCell loop": lambda: modules.write(modules.sampled_step, z),
-        "LSTMCell loop, exponential race": lambda: modules.write(modules.raced_step, z),
+        "eager": lambda: modules.write(modules.sampled_step, z),
+        "eager, exponential race": lambda: modules.write(modules.raced_step, z),
         "torch.compile": lambda: modules.write(compiled, z),
     }
 
@@ -177,7 +177,7 @@ def _beam(vocabulary: int) -> Case:
     compiled = torch.compile(modules.beam_step, fullgraph=True, dynamic=False)
     contenders = {
         OURS: lambda: decoder.generate(z, BEAM_TIME, "beam", beam_size=BEAMS)[0],
-        "LSTMCell loop": lambda: modules.beam_search(modules.beam_step, z),
+        "eager": lambda: modules.beam_search(modules.beam_step, z),
         "torch.compile": lambda: modules.beam_search(compiled, z),
     }
 

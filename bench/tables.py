@@ -42,13 +42,24 @@ def cases(rows: Iterable[Row]) -> list[list[Row]]:
     return [sorted(group, key=lambda row: row["contender"] != OURS) for _, group in grouped]
 
 
-def summary(rows: list[Row]) -> str:
-    """Return the README's table: forward+backward, each peer's time and memory as a multiple of ours."""
+def training_summary(rows: list[Row]) -> str:
+    """Return the README's table of training: each peer's time and memory as a multiple of ours."""
+    shown = [row for row in rows if row["direction"] == "forward+backward"]
+    return f"{_summary(shown, 'forward + backward, float32')}\n\n{_machine(rows)}"
+
+
+def inference_summary(rows: list[Row]) -> str:
+    """Return the README's table of scoring and generation, without gradients."""
+    shown = [row for row in rows if row["family"] == "generation" or "samples" in row["case"]]
+    return _summary([row for row in shown if row["family"] != "sparse"], "no gradient, float32")
+
+
+def _summary(rows: list[Row], title: str) -> str:
     lines = [
-        "| forward + backward, float32 | ours | eager | `torch.compile` | best other | peak memory: ours, eager |",
+        f"| {title} | ours | eager | `torch.compile` | best other | peak memory: ours, eager |",
         "|---|--:|--:|--:|--:|--:|",
     ]
-    for case in cases(row for row in rows if row["direction"] == "forward+backward"):
+    for case in cases(rows):
         by_name = {row["contender"]: row for row in case}
         ours, eager = by_name.pop(OURS), by_name.pop("eager")
         compiled = by_name.pop("torch.compile")
@@ -58,7 +69,7 @@ def summary(rows: list[Row]) -> str:
             f"| {_TITLES[ours['family']]}: {ours['case']} | {_time(ours)} | {_ratio(eager)} | {_ratio(compiled)} "
             f"| {best} | {_memory(ours)}, {_memory(eager)} |"
         )
-    return "\n".join([*lines, "", _machine(rows)])
+    return "\n".join(lines)
 
 
 def sparse_summary(rows: list[Row]) -> str:
@@ -151,7 +162,8 @@ def penn_treebank(path: Path = PTB) -> str:
 
 def renewed(text: str, folder: Path = RESULTS) -> str:
     """Put the tables of the result files between the markers of a document."""
-    text = replace(text, "bench", summary(read(folder)))
+    text = replace(text, "bench", training_summary(read(folder)))
+    text = replace(text, "inference", inference_summary(read(folder)))
     text = replace(text, "sparse", sparse_summary(read(folder)))
     return replace(text, "ptb", penn_treebank(folder / PTB.name))
 
@@ -177,7 +189,7 @@ def main() -> int:
     if arguments.write:
         arguments.write.write_text(renewed(arguments.write.read_text()))
     else:
-        print(summary(read()), penn_treebank(), sep="\n\n")
+        print(training_summary(read()), inference_summary(read()), penn_treebank(), sep="\n\n")
     return 0
 
 

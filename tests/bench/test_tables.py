@@ -47,10 +47,19 @@ def test_sparse_summary_takes_the_better_of_a_peers_forms(folder: Path) -> None:
 
 
 def test_summary_shows_training_against_each_peer(folder: Path) -> None:
-    _, _, row, _, machine = tables.summary(tables.read(folder)).splitlines()
+    _, _, row, _, machine = tables.training_summary(tables.read(folder)).splitlines()
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == ["LSTM: a case", "1.25 ms", "4.00x", "2.00x", "0.80x (fourth)", "2 MiB, 12.3 MiB"]
     assert "A processor (avx2), 2 threads" in machine
+
+
+def test_inference_summary_holds_generation_and_scoring(folder: Path) -> None:
+    rows = [row for row in tables.read(folder) if row["direction"] == "forward"]
+    written = [row | {"family": "generation", "case": "greedy"} for row in rows]
+    scored = [row | {"case": "scoring, 100 samples"} for row in rows]
+    sparse = [row | {"family": "sparse", "case": "1,000 samples"} for row in rows]
+    _, _, *lines = tables.inference_summary([*rows, *written, *scored, *sparse]).splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["| Generation: greedy", "| LSTM: scoring, 100 samples"]
 
 
 def test_report_and_figure_hold_every_contender(folder: Path) -> None:
