@@ -40,7 +40,7 @@ extern const Kernels table;
 namespace {
 
 // A new entry point needs a case here.
-static_assert(sizeof(Kernels) == 13 * sizeof(void *), "an entry point that is not fuzzed");
+static_assert(sizeof(Kernels) == 17 * sizeof(void *), "an entry point that is not fuzzed");
 
 // ------------------------------------------------------------------------------------------- the case at hand
 std::string current;  // what to do to see this case alone, and its sizes
@@ -681,6 +681,121 @@ void fuzz_dictionary_sweep(Case &c) {
   });
 }
 
+void fuzz_gru(Case &c) {
+  Random &r = c.random;
+  const Recurrence s(c);
+  const int64_t H = s.hidden, G = 4 * H;
+  Batch b(c, s.batch, s.time);
+  b.word_dropout = 0;
+  const bool has_grad_hidden = !r.one_in(4), has_grad_h_n = !r.one_in(4);
+  const double bound = 1 / std::sqrt(double(H) + 1);
+  const Array inputs = c.reals(s.kind, s.batch * s.time * 3 * H, -1, 1);
+  const Array static_gates = c.reals(s.kind, s.sequences * G, -1, 1), h0 = c.reals(s.kind, s.sequences * H, -1, 1);
+  const Array weight = c.reals(s.kind, 3 * H * H, -bound, bound);
+  const Array grad_hidden = c.reals(s.kind, has_grad_hidden ? s.sequences * s.time * H : 0, -1, 1);
+  const Array grad_h_n = c.reals(s.kind, has_grad_h_n ? s.sequences * H : 0, -1, 1);
+  const double tolerance = tolerance_of(s.kind);
+  c.run([&](const Kernels &k, int, Results &results) {
+    const int64_t total = b.pack(k);
+    const PackedPlan plan = b.plan(s.samples, H);
+    const auto forward = [&](bool keep, Array &gates, const char *const(&names)[2]) {
+      // One sample's gates are made where its inputs lie, as their last three.
+      const bool in_place = keep && s.samples == 1;
+      const Array separate = inputs.first(in_place ? 0 : total * 3 * H);
+      for (int64_t i = 0; in_place && i < total * 3 * H; ++i)
+        gates.set(i / (3 * H) * G + H + i % (3 * H), inputs.get(i));
+      const int64_t offset = gates.count ? H * kBytes[s.kind] : 0;
+      void *input = in_place ? static_cast<char *>(static_cast<void *>(gates)) + offset : static_cast<void *>(separate);
+      Array hidden(s.kind, s.sequences * s.time * H), h_n(s.kind, s.sequences * H);
+      const Array states(s.kind, 2 * s.sequences * H), packed(s.kind, 3 * H * round_up(H, 16));
+      k.gru_forward({s.kind == kF64, plan, input, in_place ? G : 3 * H, static_gates, h0, weight, gates, hidden, h_n,
+                     states, packed});
+      results.push_back({names[0], hidden.copy(), false, tolerance});
+      results.push_back({names[1], std::move(h_n), false, tolerance});
+      return hidden;
+    };
+    Array nothing(s.kind, 0), gates(s.kind, s.samples * total * G);
+    forward(false, nothing, {"hidden without gradient", "h_n without gradient"});
+    const Array hidden = forward(true, gates, {"hidden", "h_n"});
+    for (int i = 0; i < 2; ++i) compare(results[size_t(i)], results[size_t(i + 2)], 1e-5, "with gradient");
+
+    const Array packed(s.kind, 3 * H * round_up(H, 32));
+    Array grad_gates(s.kind, s.samples * total * G), grad_static(s.kind, s.sequences * G);
+    Array grad_h0(s.kind, s.sequences * H), before(s.kind, s.samples * total * H);
+    k.gru_backward({s.kind == kF64, plan, grad_hidden, grad_h_n, gates, hidden, h0, weight, grad_gates, grad_static,
+                    grad_h0, before, packed});
+    results.push_back({"gates", std::move(gates), false, tolerance});
+    results.push_back({"grad_gates", std::move(grad_gates), false, tolerance});
+    results.push_back({"grad_static_gates", std::move(grad_static), false, tolerance});
+    results.push_back({"grad_h0", std::move(grad_h0), false, tolerance});
+    results.push_back({"before", std::move(before), false, tolerance});
+  });
+}
+
+void fuzz_layer_norm_lstm(Case &c) {
+  Random &r = c.random;
+  const Recurrence s(c);
+  const int64_t H = s.hidden, G = 4 * H;
+  Batch b(c, s.batch, s.time);
+  b.word_dropout = 0;
+  const int64_t partials = r.between(1, 4);
+  const double bound = 1 / std::sqrt(double(H) + 1), epsilon = 1e-5;
+  const Array inputs = c.reals(s.kind, s.batch * s.time * G, -1, 1);
+  const Array static_inputs = c.reals(s.kind, s.sequences * G, -1, 1);
+  const Array h0 = c.reals(s.kind, s.sequences * H, -1, 1), c0 = c.reals(s.kind, s.sequences * H, -1, 1);
+  const Array weight = c.reals(s.kind, G * H, -bound, bound);
+  const Array norm_gates = c.reals(s.kind, 3 * G, -1, 1), norm_cell = c.reals(s.kind, 2 * H, -1, 1);
+  const Array grad_hidden = c.reals(s.kind, s.sequences * s.time * H, -1, 1);
+  const Array grad_h_n = c.reals(s.kind, s.sequences * H, -1, 1), grad_c_n = c.reals(s.kind, s.sequences * H, -1, 1);
+  // A row of nearly equal numbers magnifies rounding by up to 1 / sqrt(epsilon).
+  const double tolerance = H < 4 ? -1 : 100 * tolerance_of(s.kind);
+  c.run([&](const Kernels &k, int, Results &results) {
+    const int64_t total = b.pack(k);
+    const PackedPlan plan = b.plan(s.samples, H);
+    const Array read = inputs.first(total * G);
+    const auto forward = [&](bool keep, Array &normalized, Array &inverses, Array &cells) {
+      Array hidden(s.kind, s.sequences * s.time * H), h_n(s.kind, s.sequences * H), c_n(s.kind, s.sequences * H);
+      const Array states(s.kind, 2 * s.sequences * H), packed(s.kind, H * round_up(G, 32));
+      k.layer_norm_lstm_forward({s.kind == kF64, keep, plan, epsilon, read, static_inputs, h0, c0, weight, norm_gates,
+                                 norm_cell, normalized, inverses, cells, hidden, h_n, c_n, states, packed});
+      results.push_back({keep ? "hidden" : "hidden without gradient", hidden.copy(), false, tolerance});
+      results.push_back({keep ? "h_n" : "h_n without gradient", std::move(h_n), false, tolerance});
+      results.push_back({keep ? "c_n" : "c_n without gradient", std::move(c_n), false, tolerance});
+      return hidden;
+    };
+    const int64_t rows = s.samples * total;
+    {
+      Array normalized(s.kind, s.sequences * 2 * G), inverses(s.kind, s.sequences * 2), cells(s.kind, s.sequences * H);
+      forward(false, normalized, inverses, cells);
+    }
+    Array normalized(s.kind, rows * 2 * G), inverses(s.kind, rows * 2), cells(s.kind, rows * H);
+    const Array hidden = forward(true, normalized, inverses, cells);
+    for (int i = 0; i < 3; ++i) compare(results[size_t(i)], results[size_t(i + 3)], 1e-4, "with gradient");
+
+    const Array states(s.kind, s.sequences * H), packed(s.kind, G * round_up(H, 32));
+    Array grad_products(s.kind, rows * G), grad_inputs(s.kind, rows * G), grad_static(s.kind, s.sequences * G);
+    Array grad_h0(s.kind, s.sequences * H), grad_c0(s.kind, s.sequences * H), before(s.kind, rows * H);
+    const Array grad_norms = zeros(s.kind, partials * (3 * G + 2 * H));
+    k.layer_norm_lstm_backward({s.kind == kF64, plan,          epsilon,     grad_hidden, grad_h_n, grad_c_n, normalized,
+                                inverses,       cells,         hidden,      h0,          c0,       weight,   norm_gates,
+                                norm_cell,      grad_products, grad_inputs, grad_static, grad_h0,  grad_c0,  before,
+                                grad_norms,     partials,      states,      packed});
+    Array sums = zeros(s.kind, 3 * G + 2 * H);
+    for (int64_t i = 0; i < grad_norms.count; ++i) {
+      sums.set(i % sums.count, sums.get(i % sums.count) + grad_norms.get(i));
+    }
+    results.push_back({"normalized", std::move(normalized), false, tolerance});
+    if (H > 0) results.push_back({"inverses", std::move(inverses), false, -1});
+    results.push_back({"cells", std::move(cells), false, tolerance});
+    results.push_back({"grad_products", std::move(grad_products), false, tolerance});
+    results.push_back({"grad_inputs", std::move(grad_inputs), false, tolerance});
+    results.push_back({"grad_static_inputs", std::move(grad_static), false, tolerance});
+    results.push_back({"grad_h0", std::move(grad_h0), false, tolerance});
+    results.push_back({"grad_c0", std::move(grad_c0), false, tolerance});
+    results.push_back({"before", std::move(before), false, tolerance});
+    results.push_back({"grad_norms", std::move(sums), false, tolerance});
+  });
+}
 struct Entry {
   const char *name;
   void (*fuzz)(Case &);
@@ -691,6 +806,8 @@ const Entry kEntries[] = {{"gaussian", fuzz_gaussian},
                           {"lstm", fuzz_lstm},
                           {"sparse", fuzz_sparse},
                           {"ista", fuzz_ista},
+                          {"gru", fuzz_gru},
+                          {"layer_norm_lstm", fuzz_layer_norm_lstm},
                           {"dictionary_sweep", fuzz_dictionary_sweep}};
 
 }  // namespace
