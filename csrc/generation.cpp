@@ -869,17 +869,18 @@ void advance(Generation &g, int64_t steps) {
     }
     barrier();
     while (g.active > 0 && g.step < until) {
+      // Read here: behind the step's last barrier the first thread may already write them.
+      const bool shared = g.active > 1, only_forced = g.only_forced;
       gather(g, w);
       barrier();
       for (int64_t layer = 0; layer < g.layers; ++layer) {
         recurrence(g, w, layer);
         barrier();
       }
-      if (!g.only_forced) {
+      if (!only_forced) {
         w.screened ? screen(g, w) : score(g, w);
         barrier();
       }
-      const bool shared = g.active > 1;
       const Range slots = shared ? my_share(g.active) : Range{0, first ? g.active : 0};
       for (int64_t slot = slots.first; slot < slots.last; ++slot) {
         g.strategy == kBeam ? extend(g, w, slot) : choose(g, w, slot);
