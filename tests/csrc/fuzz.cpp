@@ -40,7 +40,7 @@ extern const Kernels table;
 namespace {
 
 // A new entry point needs a case here.
-static_assert(sizeof(Kernels) == 17 * sizeof(void *), "an entry point that is not fuzzed");
+static_assert(sizeof(Kernels) == 20 * sizeof(void *), "an entry point that is not fuzzed");
 
 // ------------------------------------------------------------------------------------------- the case at hand
 std::string current;  // what to do to see this case alone, and its sizes
@@ -796,6 +796,91 @@ void fuzz_layer_norm_lstm(Case &c) {
     results.push_back({"grad_norms", std::move(sums), false, tolerance});
   });
 }
+void fuzz_generation(Case &c) {
+  Random &r = c.random;
+  const Kind kind = c.float_or_double();
+  Generation g{};
+  g.is_double = kind == kF64;
+  g.batch = 1 + r.size(12), g.embed = r.size(40), g.hidden = r.size(40), g.layers = r.between(1, 3);
+  g.vocabulary = 1 + (r.one_in(2) ? r.size(70) : r.between(100, 700));
+  g.max_length = 1 + r.size(9);
+  g.strategy = Strategy(r.below(3));
+  g.log_probs = g.strategy == kBeam || r.one_in(2);
+  g.temperature = r.real(0.2, 3), g.top_p = r.one_in(2) ? 1 : r.real(0.01, 1), g.length_penalty = r.real(0, 1);
+  g.top_k = r.one_in(2) ? 0 : 1 + r.size(g.vocabulary + 5);
+  g.beams = g.strategy == kBeam ? r.between(1, 6) : 1, g.n_best = r.between(1, g.beams);
+  g.no_repeat_ngram = r.one_in(2) ? 0 : r.between(1, 3);
+  g.bos = r.below(g.vocabulary), g.eos = r.below(g.vocabulary), g.padding = r.below(g.vocabulary);
+  g.prefix_length = r.one_in(2) ? 0 : r.between(1, g.max_length);
+  g.input_stride = g.embed + r.below(5);
+  const int64_t B = g.batch, E = g.embed, H = g.hidden, L = g.layers, V = g.vocabulary, G = 4 * H;
+  c.describe(
+      "dtype batch embed hidden layers vocabulary steps strategy log_probs top_k top_p beams n_best no_repeat prefix "
+      "bos eos padding",
+      kind, B, E, H, L, V, g.max_length, g.strategy, g.log_probs, g.top_k, g.top_p, g.beams, g.n_best,
+      g.no_repeat_ngram, g.prefix_length, g.bos, g.eos, g.padding);
+  const Array embedding = c.reals(kind, V * E, -2, 2);
+  const Array weight_input = c.reals(kind, H > 0 && E > 0 ? (G - 1) * g.input_stride + E : 0, -1, 1);
+  const Array weight_hh = c.reals(kind, L * G * H, -1, 1), weight_ih = c.reals(kind, (L - 1) * G * H, -1, 1);
+  const Array bias = c.reals(kind, (L - 1) * G, -1, 1), static_gates = c.reals(kind, B * G, -1, 1);
+  const Array h0 = c.reals(kind, L * B * H, -1, 1), c0 = c.reals(kind, L * B * H, -1, 1);
+  const Array output_weight = c.reals(kind, V * H, -3, 3), output_bias = c.reals(kind, V, -1, 1);
+  const Array seeds = c.integers(B, INT64_MIN / 4, INT64_MAX / 4);
+  Array prefix = c.integers(B * g.prefix_length, -1, V - 1);
+  for (int64_t i = 0; i < prefix.count; ++i) {
+    int64_t &word = prefix.integers()[i];
+    if (r.one_in(2) || (word != g.eos && (word == g.bos || word == g.padding))) word = -1;
+  }
+  g.embedding = embedding, g.weight_input = weight_input, g.weight_hh = weight_hh, g.weight_ih = weight_ih;
+  g.bias = bias, g.static_gates = static_gates, g.h0 = h0, g.c0 = c0, g.output_weight = output_weight;
+  g.output_bias = output_bias, g.prefix = prefix.integers(), g.seeds = seeds.integers();
+  const int64_t at_once = r.one_in(2) ? g.max_length : r.between(1, g.max_length);
+  c.run([&](const Kernels &k, int threads, Results &results) {
+    Generation mine = g;
+    Array tokens(kI64, B * g.n_best * g.max_length), lengths = zeros(kI64, B * g.n_best);
+    Array scores = zeros(kind, tokens.count);
+    for (int64_t i = 0; i < tokens.count; ++i) tokens.integers()[i] = g.padding;
+    mine.tokens = tokens.integers(), mine.lengths = lengths.integers(), mine.scores = scores, mine.threads = threads;
+    const Array memory(kI8, k.generation_bytes(mine) + 64);
+    mine.memory = memory;
+    do {
+      k.generation_advance(mine, at_once);
+    } while (mine.step < g.max_length && mine.active > 0);
+    for (int64_t i = 0; i < tokens.count; ++i) {
+      const int64_t row = i / g.max_length, t = i % g.max_length, length = lengths.integers()[row];
+      const int64_t word = tokens.integers()[i];
+      if (length < 0 || length > g.max_length) fail(text("lengths[%lld] is %lld", (long long)row, (long long)length));
+      if (length == 0 && row % g.n_best == 0 && !c.wild && V > 2) fail("a row has no sentence");
+      if (word < 0 || word >= V || (t >= length && (word != g.padding || scores.get(i) != 0))) {
+        fail(text("tokens[%lld][%lld] is %lld, of a length of %lld", (long long)row, (long long)t, (long long)word,
+                  (long long)length));
+      }
+      if (t < length && t < g.prefix_length) {
+        const int64_t forced = g.prefix[row / g.n_best * g.prefix_length + t];
+        if (forced >= 0 && word != forced) fail("tokens: not the prefix");
+      }
+    }
+    // Rounding may decide between words: not compared between instruction sets.
+    results.push_back({"tokens", std::move(tokens), true, -1});
+    results.push_back({"lengths", std::move(lengths), true, -1});
+    results.push_back({"scores", std::move(scores), true, -1});
+  });
+}
+
+void fuzz_multiply_rows(Case &c) {
+  Random &r = c.random;
+  const Kind kind = c.float_or_double();
+  const int64_t rows = r.size(40), inner = r.size(130), columns = r.size(260);
+  c.describe("dtype rows inner columns", kind, rows, inner, columns);
+  const Array x = c.reals(kind, rows * inner, -1, 1), weight = c.reals(kind, columns * inner, -1, 1);
+  const Array bias = c.reals(kind, columns, -1, 1);
+  c.run([&](const Kernels &k, int threads, Results &results) {
+    Array out(kind, rows * columns);
+    const Array memory(kind, threads * inner * 64);
+    k.multiply_rows({kind == kF64, rows, inner, columns, x, weight, bias, out, memory, threads});
+    results.push_back({"out", std::move(out), true, tolerance_of(kind)});
+  });
+}
 struct Entry {
   const char *name;
   void (*fuzz)(Case &);
@@ -808,6 +893,8 @@ const Entry kEntries[] = {{"gaussian", fuzz_gaussian},
                           {"ista", fuzz_ista},
                           {"gru", fuzz_gru},
                           {"layer_norm_lstm", fuzz_layer_norm_lstm},
+                          {"generation", fuzz_generation},
+                          {"multiply_rows", fuzz_multiply_rows},
                           {"dictionary_sweep", fuzz_dictionary_sweep}};
 
 }  // namespace
