@@ -40,7 +40,7 @@ extern const Kernels table;
 namespace {
 
 // A new entry point needs a case here.
-static_assert(sizeof(Kernels) == 20 * sizeof(void *), "an entry point that is not fuzzed");
+static_assert(sizeof(Kernels) == 21 * sizeof(void *), "an entry point that is not fuzzed");
 
 // ------------------------------------------------------------------------------------------- the case at hand
 std::string current;  // what to do to see this case alone, and its sizes
@@ -329,34 +329,81 @@ void fuzz_gaussian(Case &c) {
 
 void fuzz_cross_entropy(Case &c) {
   Random &r = c.random;
-  const Kind kind = c.float_or_double();
-  const bool large = r.one_in(3);
-  const int64_t vocabulary = 1 + (large ? r.between(100, 3000) : r.size(300));
-  const int64_t rows = large ? r.between(16384, 70000) / vocabulary : r.size(40);
-  const bool gradient = r.one_in(2), known = gradient && r.one_in(2);
-  const bool has_bias = r.one_in(2), has_scale = r.one_in(2), has_grad_bias = gradient && r.one_in(2);
-  c.describe("dtype rows vocabulary gradient known_lse bias scale grad_bias", kind, rows, vocabulary, gradient, known,
-             has_bias, has_scale, has_grad_bias);
-  const Array logits = c.reals(kind, rows * vocabulary, -9, 9), bias = c.reals(kind, has_bias ? vocabulary : 0, -1, 1);
-  const Array target = c.integers(rows, 0, vocabulary - 1), scale = c.reals(kind, has_scale ? rows : 0, 0, 2);
-  const Array known_lse = c.reals(kind, rows, 9, 20);
-  const double tolerance = tolerance_of(kind);
-  c.run([&](const Kernels &k, int threads, Results &results) {
-    Array x = logits.copy(), losses(kind, rows), lse = known ? known_lse.copy() : Array(kind, rows);
-    const int64_t partials = has_grad_bias ? threads : 0;
-    Array grad_bias = zeros(kind, partials * vocabulary), sums = zeros(kind, has_grad_bias ? vocabulary : 0);
-    k.cross_entropy_block({kind == kF64, x, bias, target.integers(), scale, losses, lse, grad_bias, partials, rows,
-                           vocabulary, gradient, known});
-    for (int64_t i = 0; i < grad_bias.count; ++i) {
-      sums.set(i % vocabulary, sums.get(i % vocabulary) + grad_bias.get(i));
-    }
-    for (int64_t i = 0; known && i < rows; ++i) {
-      if (!losses.poisoned(i)) fail("losses: written although lse is known");
-    }
-    if (!known) results.push_back({"losses", std::move(losses), true, tolerance});
-    results.push_back({"lse", std::move(lse), true, tolerance});
-    if (gradient) results.push_back({"logits", std::move(x), true, tolerance});
-    results.push_back({"grad_bias", std::move(sums), false, tolerance});
+  const Kind kind = Kind(r.below(4)), compute = kind == kF64 ? kF64 : kF32;
+  const bool large = r.one_in(3);  // enough for four threads
+  const int64_t H = r.one_in(large ? 2 : 4) ? r.between(250, large ? 600 : 300)
+                    : large                 ? r.between(16, 249)
+                                            : r.size(40);
+  const int64_t vocabulary = large ? r.between(100, 900) : r.one_in(9) ? 0 : 1 + r.size(400);
+  const int64_t rows = large ? 1 + r.between(500'000, 2'200'000) / (vocabulary * H) : r.size(65);
+  const int64_t words = r.one_in(2) ? 1 : r.between(0, 6), block_rows = r.one_in(2) ? rows : r.between(1, rows + 1);
+  const int64_t ignored_in_ten = r.one_in(3) ? 0 : r.between(1, 10), workspaces = r.one_in(2) ? 4 : r.between(1, 4);
+  const int64_t ignore_index = vocabulary > 0 && r.one_in(3) ? r.below(vocabulary) : -100;
+  const double smoothing = r.one_in(2) ? 0 : r.one_in(4) ? 1 : r.real(0, 1);
+  const bool has_bias = r.one_in(2), has_scale = r.one_in(2);
+  const bool grad_hidden = !r.one_in(3), grad_weight = !r.one_in(3), grad_bias = !r.one_in(3);
+  c.describe(
+      "dtype rows hidden vocabulary words block_rows workspaces ignore_index smoothing bias scale grad_hidden "
+      "grad_weight grad_bias",
+      kind, rows, H, vocabulary, words, block_rows, workspaces, ignore_index, smoothing, has_bias, has_scale,
+      grad_hidden, grad_weight, grad_bias);
+  const double bound = 4 / std::sqrt(double(H) + 1);
+  const Array hidden = c.reals(kind, rows * H, -1, 1), weight = c.reals(kind, vocabulary * H, -bound, bound);
+  const Array bias = c.reals(kind, has_bias ? vocabulary : 0, -1, 1);
+  const Array scale = c.reals(compute, has_scale ? rows : 0, 0, 2);
+  Array target = c.integers(rows * words, 0, vocabulary > 0 ? vocabulary - 1 : 0);
+  for (int64_t i = 0; i < target.count; ++i) {
+    if (vocabulary == 0 || r.below(10) < ignored_in_ten) target.integers()[i] = ignore_index;
+  }
+  const int64_t wrong = target.count > 0 && r.one_in(8) ? r.below(target.count) : -1;
+  if (wrong >= 0) target.integers()[wrong] = r.one_in(2) ? vocabulary + r.below(9) : -1 - r.below(99);
+  int64_t expected = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    bool any = false;
+    for (int64_t i = row * words; i < (row + 1) * words; ++i) any |= target.integers()[i] != ignore_index;
+    expected += any;
+  }
+  if (wrong >= 0) expected = -1 - wrong;
+  struct Gradients {
+    Array hidden, weight, bias;
+  };
+  const Gradients none{{compute, 0}, {compute, 0}, {compute, 0}};
+  const auto blank = [&] {
+    return Gradients{{compute, grad_hidden ? rows * H : 0},
+                     {compute, grad_weight ? vocabulary * H : 0},
+                     {compute, grad_bias ? vocabulary : 0}};
+  };
+  const double tolerance = tolerance_of(compute);
+  c.run([&](const Kernels &k, int, Results &results) {
+    const auto call = [&](const Array &losses, const Array &lse, bool known_lse, const Gradients &to) {
+      CrossEntropy p{DType(kind), hidden,     weight,    bias,         target.integers(), rows,
+                     H,           vocabulary, words,     ignore_index, smoothing,         scale,
+                     losses,      lse,        known_lse, to.hidden,    to.weight,         to.bias,
+                     block_rows,  workspaces, nullptr};
+      const Array memory(kF64, k.cross_entropy_workspace(p) / kBytes[kF64]);
+      p.memory = memory;
+      const int64_t got = k.cross_entropy(p);
+      if (got != expected) {
+        fail(text("cross_entropy gave %lld instead of %lld", (long long)got, (long long)expected));
+      }
+    };
+    const auto keep = [&](const char *name, Array &values) {
+      results.push_back({name, std::move(values), false, tolerance});
+    };
+    Array losses(compute, rows), lse(compute, rows), alone(compute, rows), lse_alone(compute, rows);
+    call(alone, lse_alone, false, none);
+    Gradients together = blank(), afterwards = blank();
+    call(losses, lse, false, together);
+    if (wrong >= 0) return;
+    call(Array(compute, 0), lse, true, afterwards);
+    keep("losses without gradient", alone), keep("lse without gradient", lse_alone);
+    keep("losses", losses), keep("lse", lse);
+    keep("grad_hidden", together.hidden), keep("grad_weight", together.weight), keep("grad_bias", together.bias);
+    if (c.wild) return;  // exp(logit - lse) has few digits if both are large
+    keep("grad_hidden with known lse", afterwards.hidden), keep("grad_weight with known lse", afterwards.weight);
+    keep("grad_bias with known lse", afterwards.bias);
+    for (size_t i : {0, 1}) compare(results[i], results[i + 2], tolerance, "with gradient");
+    for (size_t i : {4, 5, 6}) compare(results[i], results[i + 3], tolerance, "with known lse");
   });
 }
 
@@ -796,13 +843,16 @@ void fuzz_layer_norm_lstm(Case &c) {
     results.push_back({"grad_norms", std::move(sums), false, tolerance});
   });
 }
+
 void fuzz_generation(Case &c) {
   Random &r = c.random;
   const Kind kind = c.float_or_double();
   Generation g{};
   g.is_double = kind == kF64;
-  g.batch = 1 + r.size(12), g.embed = r.size(40), g.hidden = r.size(40), g.layers = r.between(1, 3);
-  g.vocabulary = 1 + (r.one_in(2) ? r.size(70) : r.between(100, 700));
+  const bool large = r.one_in(3);  // enough for four threads
+  g.batch = 1 + r.size(large ? 60 : 12), g.embed = r.size(40), g.layers = r.between(1, 3);
+  g.hidden = large ? r.between(30, 130) : r.size(40);
+  g.vocabulary = 1 + (!large && r.one_in(2) ? r.size(70) : r.between(100, large ? 2000 : 700));
   g.max_length = 1 + r.size(9);
   g.strategy = Strategy(r.below(3));
   g.log_probs = g.strategy == kBeam || r.one_in(2);
@@ -841,8 +891,9 @@ void fuzz_generation(Case &c) {
     Array scores = zeros(kind, tokens.count);
     for (int64_t i = 0; i < tokens.count; ++i) tokens.integers()[i] = g.padding;
     mine.tokens = tokens.integers(), mine.lengths = lengths.integers(), mine.scores = scores, mine.threads = threads;
-    const Array memory(kI8, k.generation_bytes(mine) + 64);
-    mine.memory = memory;
+    const size_t bytes = size_t(k.generation_bytes(mine));
+    const std::unique_ptr<void, void (*)(void *)> memory(std::aligned_alloc(64, bytes), std::free);
+    mine.memory = std::memset(memory.get(), 0x7F, bytes);
     do {
       k.generation_advance(mine, at_once);
     } while (mine.step < g.max_length && mine.active > 0);
