@@ -318,6 +318,7 @@ struct Block {
   // logits (count, lanes) of the words from `word` on, without the bias.
   void product(int64_t word, int64_t count, T *logits) const {
     const int64_t H = p.hidden_size;
+    if (H == 0) return void(std::memset(logits, 0, size_t(count * lanes) * sizeof(T)));
     const T *a;
     if constexpr (sizeof(S) == sizeof(T)) {
       a = reinterpret_cast<const T *>(words_at(word));
