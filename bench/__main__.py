@@ -4,6 +4,7 @@ import argparse
 import csv
 import importlib
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=6.0, help="timing of each case [6]")
     parser.add_argument("--threads", type=int, default=2, help="of every contender [2]")
     parser.add_argument("--out", type=Path, default=tables.RESULTS, help="folder of the results [bench/results]")
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name it matches [all]")
     arguments = parser.parse_args()
     if unknown := set(arguments.families) - set(FAMILIES):
         parser.error(f"unknown family {', '.join(sorted(unknown))}; there are {', '.join(FAMILIES)}")
@@ -29,7 +31,7 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for family in arguments.families or FAMILIES:
-        rows = run_family(family, arguments.seconds)
+        rows = run_family(family, arguments.seconds, arguments.only)
         with (arguments.out / f"{family}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
@@ -41,11 +43,14 @@ def main() -> int:
     return 0
 
 
-def run_family(family: str, seconds: float) -> list[dict[str, Any]]:
-    """Run the cases of one family, telling each as it is done."""
+def run_family(family: str, seconds: float, only: str = "") -> list[dict[str, Any]]:
+    """Run the cases of one family whose names match, telling each as it is done."""
     here = machine.describe() | {"sgemm_gflops": round(machine.flop_rate() / 1e9, 1)}
     rows = []
     for case in importlib.import_module(f"bench.{family}").cases():
+        if not re.search(only, case.name):
+            continue
+        torch.compiler.reset()  # else Dynamo counts the cases of one function as its recompilations, and gives up
         start = time.perf_counter()
         copy_rate = machine.copy_rate(case.bytes)
         results = interleave.run(case, seconds=seconds, flop_rate=1e9 * here["sgemm_gflops"], copy_rate=copy_rate)

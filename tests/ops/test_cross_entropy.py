@@ -466,3 +466,13 @@ def test_errors_name_the_argument():
     for error, message, arguments in cases:
         with pytest.raises(error, match=message):
             linear_cross_entropy(**(good | arguments))
+
+
+def test_small_half_precision_numbers_count(backend):
+    """Numbers of float16 below its normal ones, which become normal only once they are float32."""
+    hidden, target = torch.full((3, 4), 2.0**15, dtype=torch.float16), torch.tensor([0, 1, 2])
+    weight = (torch.arange(12).view(3, 4) * 2.0**-24).half()
+    assert 0 < weight.max() < torch.finfo(torch.float16).tiny
+    loss = linear_cross_entropy(hidden, weight, target, reduction="none")
+    exact = F.cross_entropy(hidden.double() @ weight.double().T, target, reduction="none")
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
