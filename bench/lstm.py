@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from bench.interleave import OURS, Case, assert_close
 from fastvae.functional import lstm
 from fastvae.nn import LSTMDecoder
-from fastvae.ops.lstm import dropped_tokens
 from fastvae.ops.random import draw_seed
+from fastvae.ops.recurrence import dropped_tokens
 
 BATCH, TIME, VOCABULARY, LATENT, SAMPLES = 32, 30, 10_000, 32, 100
 WORD_DROPOUT = 0.25

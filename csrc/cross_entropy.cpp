@@ -12,25 +12,11 @@
 #include "gemm.h"
 #include "vecmath.h"
 
-#ifdef _OPENMP
-#define FASTVAE_BARRIER _Pragma("omp barrier")
-#else
-#define FASTVAE_BARRIER
-#endif
-
 namespace fastvae::FASTVAE_ISA {
 namespace {
 
 constexpr int64_t kChunk = 192, kSlice = 256;
 constexpr int kPanel = kAccumulators >= 24 ? 4 : 2, kRows = kAccumulators / kPanel;  // vectors and rows of a tile
-
-FASTVAE_INLINE int team_size() {
-#ifdef _OPENMP
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
-}
 
 // While it lives, this thread makes no denormal numbers: products with them are a hundred times slower. It reads them,
 // as float16 is widened by way of them.
@@ -140,15 +126,15 @@ struct Product {
   // For an A that comes from memory: the next rows are asked for in good time. In slices of the inner dimension, whose
   // B stays in the second cache.
   void by_rows() const {
-    constexpr int64_t kLine = 64 / int64_t(sizeof(T));
+    constexpr int64_t kNumbers = kLine / int64_t(sizeof(T));  // in a line
     const int64_t panels = (round_up(columns, kWidth<T>) / kWidth<T> + kPanel - 1) / kPanel;
     parts<kSlice>(inner, [&](int64_t k, int64_t depth) {
       parts<kRows>(rows, [&](int64_t row, int64_t count) {
-        const int64_t row_lines = (depth + kLine - 1) / kLine, ahead = min(count, rows - row - count) * row_lines;
+        const int64_t row_lines = (depth + kNumbers - 1) / kNumbers, ahead = min(count, rows - row - count) * row_lines;
         int64_t line = 0, panel = 0;
         parts<kPanel>(round_up(columns, kWidth<T>) / kWidth<T>, [&](int64_t first, int64_t vectors) {
           for (const int64_t until = ahead * ++panel / panels; line < until; ++line) {
-            __builtin_prefetch(a + (row + count + line / row_lines) * a_row + k + line % row_lines * kLine);
+            __builtin_prefetch(a + (row + count + line / row_lines) * a_row + k + line % row_lines * kNumbers);
           }
           at(row, count, first, vectors, k, depth);
         });
@@ -462,7 +448,7 @@ struct Block {
   void run() const {
     const Thread<T> *const threads = plan.threads;
     pack();
-    FASTVAE_BARRIER;
+    barrier();
     if (!p.known_lse) {
       for (int64_t r = 0; r < lanes; ++r) {
         own.maximum[r] = kLowest, own.sum[r] = T(0), own.picked[r] = 0, own.total[r] = 0;
@@ -474,7 +460,7 @@ struct Block {
         accumulate<true>(word, count, logits);
         std::memcpy(own.shift + chunk * lanes, own.maximum, size_t(lanes) * sizeof(T));
       });
-      FASTVAE_BARRIER;
+      barrier();
       join(threads);
     } else {
       for (int64_t r = 0; r < lanes; ++r) own.overall[r] = r < rows ? static_cast<const T *>(p.lse)[kept[r]] : T(0);
@@ -487,7 +473,7 @@ struct Block {
         gradients(word, count, logits);
       });
     }
-    FASTVAE_BARRIER;
+    barrier();
     if (!p.grad_hidden) return;
     for (int64_t r = thread; r < rows; r += team) {
       T *__restrict to = static_cast<T *>(p.grad_hidden) + kept[r] * p.hidden_size;
@@ -524,7 +510,7 @@ int64_t run(const CrossEntropy &p) {
       min<int64_t>(threads_for(found * p.vocabulary * max<int64_t>(p.hidden_size, 1), 1 << 19), p.workspaces));
 #pragma omp parallel num_threads(threads)
   {
-    const int thread = thread_index(), team = team_size();
+    const int thread = thread_index(), team = thread_count();
     const FlushDenormals flush;
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t first = found * i / blocks, rows = found * (i + 1) / blocks - first;

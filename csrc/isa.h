@@ -93,4 +93,19 @@ FASTVAE_INLINE int thread_index() {
 #endif
 }
 
+// In a parallel region.
+FASTVAE_INLINE void barrier() {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
+FASTVAE_INLINE int thread_count() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
 }  // namespace fastvae::FASTVAE_ISA

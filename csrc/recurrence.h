@@ -5,20 +5,6 @@
 
 namespace fastvae::FASTVAE_ISA {
 
-FASTVAE_INLINE void barrier() {
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-}
-
-FASTVAE_INLINE int thread_count() {
-#ifdef _OPENMP
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
-}
-
 struct Range {
   int64_t first, last;
 };

@@ -16,20 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae.ops.backend import (
-    CORE,
-    TRITON_MISSING,
-    compute_dtype,
-    first_order,
-    in_autocast_dtype,
-    kernel,
-    large,
-    pointer,
-    recording,
-    register,
-)
+from fastvae.ops.backend import CORE, compute_dtype, first_order, in_autocast_dtype, kernel, large, pointer, register
 from fastvae.ops.checks import check_float
-from fastvae.ops.lstm import check_recurrence, dropped_tokens, pack, sample_count, weight_scratch
+from fastvae.ops.recurrence import (
+    check_recurrence,
+    differentiate,
+    dropped_tokens,
+    input_gradients,
+    kernel_keeps,
+    pack,
+    positions_as_words,
+    recorded,
+    sample_count,
+    weight_scratch,
+    with_samples,
+)
 
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -73,24 +74,11 @@ def reference_backward(
     gates: Tensor,
     tokens: Tensor,
     lengths: Tensor,
-    static_gates: Tensor,
-    h0: Tensor,
-    embedding: Tensor,
-    weight_input: Tensor,
-    weight_hh: Tensor,
-    seed: Tensor,
-    word_dropout: float,
-    unk_index: int,
+    *args: Any,
 ) -> tuple[Tensor, ...]:
-    """Gradients of `reference` by autograd, for static_gates, h0, embedding, weight_input and weight_hh."""
-    with recording():
-        inputs = [t.detach().requires_grad_() for t in (static_gates, h0, embedding, weight_input, weight_hh)]
-        gates_, h0_, embedding_, input_, hh_ = inputs
-        outputs = reference(tokens, lengths, gates_, h0_, embedding_, input_, hh_, seed, word_dropout, unk_index)
-    # Without a single step the hidden states depend on nothing.
-    pairs = [(o, g) for o, g in zip(outputs, (grad_hidden, grad_h_n), strict=True) if g is not None and o.requires_grad]
-    return torch.autograd.grad(
-        [o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True, materialize_grads=True
+    """Gradients of `reference` by autograd, for its operands from static_gates to weight_hh."""
+    return differentiate(
+        lambda *operands: reference(tokens, lengths, *operands, *args[5:]), args[:5], (grad_hidden, grad_h_n)
     )
 
 
@@ -158,11 +146,11 @@ def _cpu_backward(
     compute = static_gates.dtype
     size = h0.shape[1]
     packing = pack(tokens, lengths, h0, embedding.shape[0], seed, word_dropout, unk_index)
-    samples, tokens_read = packing.samples, packing.words.numel()
+    total = packing.samples * packing.words.numel()
     grads = [None if g is None else g.to(compute).contiguous() for g in (grad_hidden, grad_h_n)]
     hidden_, h0_, weight = (t.to(compute).contiguous() for t in (hidden, h0, weight_hh))
-    grad_gates = large(gates.new_empty(samples * tokens_read, 4 * size))
-    before = large(gates.new_empty(samples * tokens_read, size))
+    grad_gates = large(gates.new_empty(total, 4 * size))
+    before = large(gates.new_empty(total, size))
     grad_static_gates, grad_h0 = static_gates.new_empty(static_gates.shape), torch.empty_like(h0_)
     packed_weight = weight_scratch(weight)
     CORE.gru_backward(
@@ -173,17 +161,10 @@ def _cpu_backward(
 
     # The rest are plain products over the packed rows: columns m, r, z are the recurrence's, r, z, n the input's.
     grad_weight_hh = (grad_gates[:, : 3 * size].T @ before).roll(-size, 0)
-    grad_shares = grad_gates[:, size:]
-    if samples != 1:  # they read the same token
-        grad_shares = grad_shares.view(tokens_read, samples, 3 * size).sum(1)
-    grad_inputs = grad_shares @ weight_input.to(compute)
-    grad_embedding = torch.ops.aten.embedding_dense_backward(grad_inputs, packing.words, embedding.shape[0], -1, False)
-    inputs = embedding.index_select(0, packing.words).to(compute)
     return (
         grad_static_gates,
         grad_h0.to(h0.dtype),
-        grad_embedding.to(embedding.dtype),
-        (grad_shares.T @ inputs).to(weight_input.dtype),
+        *input_gradients(packing, grad_gates[:, size:], embedding, weight_input),
         grad_weight_hh.to(weight_hh.dtype),
     )
 
@@ -215,9 +196,7 @@ def _cuda_backward(grad_hidden: Tensor | None, grad_h_n: Tensor | None, hidden: 
 def _fake_forward(tokens: Tensor, lengths: Tensor, static_gates: Tensor, h0: Tensor,
                   *args: Any) -> tuple[Tensor, ...]:  # fmt: skip
     (sequences, size), time = h0.shape, tokens.shape[1]
-    kernels = h0.device.type == "cuda" and not TRITON_MISSING and static_gates.dtype == torch.float32
-    kernels |= h0.device.type == "cpu" and CORE is not None
-    kept = (sequences * time, 4 * size) if kernels and args[-1] else (0, 0)
+    kept = (sequences * time, 4 * size) if kernel_keeps(h0, static_gates, args[-1]) else (0, 0)
     return h0.new_empty(sequences, time, size), h0.new_empty(h0.shape), static_gates.new_empty(kept)
 
 
@@ -345,13 +324,7 @@ def gru(
     Raises:
         TypeError, ValueError: naming the argument whose type, shape, device or value is wrong.
     """
-    check_float("inputs", inputs)
-    if inputs.dim() != 3:
-        raise ValueError(f"inputs: expected shape (batch, time, features), got {tuple(inputs.shape)}")
-    # Every position is a word of its own.
-    batch, time, features = inputs.shape
-    words = torch.arange(batch * time, device=inputs.device).view(batch, time)
-    rows = inputs.reshape(batch * time, features)
+    words, rows = positions_as_words(inputs)
     return _decode("inputs", words, None, h0, rows, weight_ih, weight_hh, bias_ih, bias_hh, lengths, word_dropout=0.0)
 
 
@@ -378,19 +351,16 @@ def _decode(
         lengths, **options,
     )  # fmt: skip
     embed_size, size, compute = embedding.shape[1], weight_hh.shape[1], compute_dtype(embedding)
+    h0 = h0.flatten(0, -2).to(embedding.dtype)
     # What does not change from step to step: one product per sequence.
-    rows = sequences[0] * sequences[1] if len(sequences) == 2 else sequences[0]
-    h0 = h0.reshape(rows, size).to(embedding.dtype)
+    rows = h0.shape[0]
     rzn = embedding.new_zeros((rows, 3 * size)) if bias_ih is None else bias_ih.expand(rows, -1)
     if z is not None:
-        rzn = F.linear(z.reshape(rows, z.shape[-1]).to(embedding.dtype), weight_ih[:, embed_size:], bias_ih)
+        rzn = F.linear(z.flatten(0, -2).to(embedding.dtype), weight_ih[:, embed_size:], bias_ih)
     static_gates = F.pad(rzn.to(compute), (size, 0))
     if bias_hh is not None:
         static_gates = static_gates + F.pad(bias_hh.to(compute).roll(size), (0, size))
-    floats: tuple[Tensor, ...] = (static_gates, h0, embedding, weight_ih[:, :embed_size], weight_hh)
-    if not torch.is_grad_enabled():  # needs_input_grad ignores it: the gates would be kept for nobody
-        floats = tuple(t.detach() for t in floats)
-    hidden, h_n = _GRUDecode.apply(tokens, lengths, *floats, seed, word_dropout, unk_index)
-    if len(sequences) == 1:
-        return hidden, h_n
-    return hidden.reshape(*sequences, *hidden.shape[1:]), h_n.reshape(*sequences, size)
+    operands = recorded(static_gates, h0, embedding, weight_ih[:, :embed_size], weight_hh)
+    outputs = _GRUDecode.apply(tokens, lengths, *operands, seed, word_dropout, unk_index)
+    hidden, h_n = with_samples(outputs, sequences)
+    return hidden, h_n

@@ -16,18 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae.ops.backend import (
-    CORE,
-    compute_dtype,
-    first_order,
-    in_autocast_dtype,
-    large,
-    pointer,
-    recording,
-    register,
-)
+from fastvae.ops.backend import CORE, compute_dtype, first_order, in_autocast_dtype, large, pointer, register
 from fastvae.ops.checks import check_float, check_like, check_shape
-from fastvae.ops.lstm import check_recurrence, dropped_tokens, pack, sample_count, weight_scratch
+from fastvae.ops.recurrence import (
+    check_recurrence,
+    differentiate,
+    dropped_tokens,
+    input_gradients,
+    kernel_keeps,
+    pack,
+    positions_as_words,
+    recorded,
+    sample_count,
+    weight_scratch,
+    with_samples,
+)
 
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -84,14 +87,8 @@ def reference_backward(
     *args: Any,
 ) -> tuple[Tensor, ...]:
     """Gradients of `reference` by autograd, for its operands from static_inputs to norm_cell."""
-    with recording():
-        inputs = [t.detach().requires_grad_() for t in args[:8]]
-        outputs = reference(tokens, lengths, *inputs, *args[8:])
-    grads = (grad_hidden, grad_h_n, grad_c_n)
-    # Without a single step the hidden states depend on nothing.
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-    return torch.autograd.grad(
-        [o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True, materialize_grads=True
+    return differentiate(
+        lambda *operands: reference(tokens, lengths, *operands, *args[8:]), args[:8], (grad_hidden, grad_h_n, grad_c_n)
     )
 
 
@@ -171,7 +168,7 @@ def _cpu_backward(
     compute = static_inputs.dtype
     sequences, size = h0.shape
     packing = pack(tokens, lengths, h0, embedding.shape[0], seed, word_dropout, unk_index)
-    samples, tokens_read = packing.samples, packing.words.numel()
+    total = packing.samples * packing.words.numel()
     grads = [
         torch.zeros_like(like, dtype=compute, memory_format=torch.contiguous_format)
         if grad is None
@@ -182,7 +179,7 @@ def _cpu_backward(
         t.to(compute).contiguous() for t in (hidden, h0, c0, weight_hh, norm_gates, norm_cell)
     )
     grad_products, grad_shares, before = (
-        large(normalized.new_empty(samples * tokens_read, columns)) for columns in (4 * size, 4 * size, size)
+        large(normalized.new_empty(total, columns)) for columns in (4 * size, 4 * size, size)
     )
     grad_static = normalized.new_empty(sequences, 4 * size)
     grad_h0, grad_c0, states = (torch.empty_like(h0_) for _ in range(3))
@@ -197,18 +194,12 @@ def _cpu_backward(
     )  # fmt: skip
 
     # The rest are plain products over the packed rows.
-    if samples != 1:  # they read the same token
-        grad_shares = grad_shares.view(tokens_read, samples, 4 * size).sum(1)
-    inputs = embedding.index_select(0, packing.words).to(compute)
-    grad_inputs = grad_shares @ weight_input.to(compute)
-    grad_embedding = torch.ops.aten.embedding_dense_backward(grad_inputs, packing.words, embedding.shape[0], -1, False)
     norms = grad_norms.sum(0)
     return (
         grad_static,
         grad_h0.to(h0.dtype),
         grad_c0.to(c0.dtype),
-        grad_embedding.to(embedding.dtype),
-        (grad_shares.T @ inputs).to(weight_input.dtype),
+        *input_gradients(packing, grad_shares, embedding, weight_input),
         (grad_products.T @ before).to(weight_hh.dtype),
         norms[: 12 * size].view(3, 4 * size).to(norm_gates.dtype, copy=True),
         norms[12 * size :].view(2, size).to(norm_cell.dtype, copy=True),
@@ -219,7 +210,7 @@ def _cpu_backward(
 def _fake_forward(tokens: Tensor, lengths: Tensor, static_inputs: Tensor, h0: Tensor, c0: Tensor,
                   *args: Any) -> tuple[Tensor, ...]:  # fmt: skip
     time, (sequences, size) = tokens.shape[1], h0.shape
-    kept = h0.device.type == "cpu" and CORE is not None and args[-1]
+    kept = kernel_keeps(h0, static_inputs, args[-1], on_gpu=False)
     return (
         h0.new_empty(sequences, time, size),
         h0.new_empty(h0.shape),
@@ -356,13 +347,7 @@ def layer_norm_lstm(
     Raises:
         TypeError, ValueError: naming the argument whose type, shape, device or value is wrong.
     """
-    check_float("inputs", inputs)
-    if inputs.dim() != 3:
-        raise ValueError(f"inputs: expected shape (batch, time, features), got {tuple(inputs.shape)}")
-    # Every position is a word of its own.
-    batch, time, features = inputs.shape
-    words = torch.arange(batch * time, device=inputs.device).view(batch, time)
-    rows = inputs.reshape(batch * time, features)
+    words, rows = positions_as_words(inputs)
     return _decode(
         "inputs", words, None, h0, c0, rows, weight_ih, weight_hh, bias, norm_input, norm_hidden, norm_cell, eps,
         lengths, word_dropout=0.0,
@@ -402,19 +387,15 @@ def _decode(
         raise ValueError(f"eps: expected above 0, got {eps}")
     if c0 is h0:  # Dynamo refuses one tensor given twice to an autograd function
         c0 = h0.view_as(h0)
-    rows = sequences[0] * sequences[1] if len(sequences) == 2 else sequences[0]
+    h0, c0 = (state.flatten(0, -2).to(embedding.dtype) for state in (h0, c0))
     # The latent's part of the product does not change from step to step: one product per sequence.
-    static_inputs = embedding.new_zeros((rows, 4 * size))
+    static_inputs = embedding.new_zeros((h0.shape[0], 4 * size))
     if z is not None:
-        static_inputs = F.linear(z.reshape(rows, z.shape[-1]).to(embedding.dtype), weight_ih[:, embed_size:])
+        static_inputs = F.linear(z.flatten(0, -2).to(embedding.dtype), weight_ih[:, embed_size:])
     norm_gates = torch.stack([norm_input, norm_hidden, torch.zeros_like(norm_input) if bias is None else bias])
-    floats: tuple[Tensor, ...] = (
-        static_inputs.to(compute), *(state.reshape(rows, size).to(embedding.dtype) for state in (h0, c0)),
-        embedding, weight_ih[:, :embed_size], weight_hh, norm_gates, norm_cell,
-    )  # fmt: skip
-    if not torch.is_grad_enabled():  # needs_input_grad ignores it: the gates would be kept for nobody
-        floats = tuple(t.detach() for t in floats)
-    hidden, h_n, c_n = _LayerNormLSTMDecode.apply(tokens, lengths, *floats, seed, word_dropout, unk_index, eps)
-    if len(sequences) == 1:
-        return hidden, h_n, c_n
-    return tuple(t.reshape(*sequences, *t.shape[1:]) for t in (hidden, h_n, c_n))
+    operands = recorded(
+        static_inputs.to(compute), h0, c0, embedding, weight_ih[:, :embed_size], weight_hh, norm_gates, norm_cell
+    )
+    outputs = _LayerNormLSTMDecode.apply(tokens, lengths, *operands, seed, word_dropout, unk_index, eps)
+    hidden, h_n, c_n = with_samples(outputs, sequences)
+    return hidden, h_n, c_n

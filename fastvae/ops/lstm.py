@@ -10,39 +10,30 @@ in latent and states only, so that gather and input product are made once for al
 Source: Hochreiter & Schmidhuber 1997 (as torch.nn.LSTM, gates i, f, g, o); word dropout: Bowman et al. 2016.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae.ops.backend import (
-    CORE,
-    TRITON_MISSING,
-    compute_dtype,
-    first_order,
-    in_autocast_dtype,
-    kernel,
-    large,
-    pointer,
-    recording,
-    register,
+from fastvae.ops.backend import CORE, compute_dtype, first_order, in_autocast_dtype, kernel, large, pointer, register
+from fastvae.ops.checks import check_float
+from fastvae.ops.recurrence import (
+    check_recurrence,
+    differentiate,
+    dropped_tokens,
+    input_gradients,
+    kernel_keeps,
+    pack,
+    positions_as_words,
+    recorded,
+    sample_count,
+    weight_scratch,
+    with_samples,
 )
-from fastvae.ops.checks import check_device, check_float, check_index, check_like, check_seed, check_shape
-from fastvae.ops.random import draw_seed, uniform
 
 
 # ------------------------------------------------------------------------------------------------ reference
-def dropped_tokens(tokens: Tensor, lengths: Tensor, seed: Tensor, word_dropout: float, unk_index: int) -> Tensor:
-    """Return `tokens` (B, T) with word dropout applied and 0 in the padding: what the recurrence reads."""
-    positions = torch.arange(tokens.shape[1], device=tokens.device)
-    offsets = torch.arange(tokens.numel(), device=tokens.device).reshape(tokens.shape)
-    valid = positions < lengths[:, None]
-    dropped = (uniform(seed, offsets) < word_dropout) & (positions > 0) & valid
-    # The padding may hold anything, also what is no word.
-    return torch.where(dropped, unk_index, tokens).where(valid, 0)
-
-
 def reference(
     tokens: Tensor,
     lengths: Tensor,
@@ -75,11 +66,6 @@ def reference(
     return stacked.to(h0.dtype), h.to(h0.dtype), c.to(h0.dtype)
 
 
-def sample_count(tokens: Tensor, h0: Tensor) -> int:
-    """Return the number of samples of each sequence: N / B."""
-    return h0.shape[0] // tokens.shape[0] if tokens.shape[0] else 1
-
-
 def reference_backward(
     grad_hidden: Tensor | None,
     grad_h_n: Tensor | None,
@@ -89,26 +75,11 @@ def reference_backward(
     cells: Tensor,
     tokens: Tensor,
     lengths: Tensor,
-    static_gates: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    embedding: Tensor,
-    weight_input: Tensor,
-    weight_hh: Tensor,
-    seed: Tensor,
-    word_dropout: float,
-    unk_index: int,
+    *args: Any,
 ) -> tuple[Tensor, ...]:
-    """Gradients of `reference` by autograd, for static_gates, h0, c0, embedding, weight_input and weight_hh."""
-    with recording():
-        inputs = [t.detach().requires_grad_() for t in (static_gates, h0, c0, embedding, weight_input, weight_hh)]
-        gates_, h0_, c0_, embedding_, input_, hh_ = inputs
-        outputs = reference(tokens, lengths, gates_, h0_, c0_, embedding_, input_, hh_, seed, word_dropout, unk_index)
-    grads = (grad_hidden, grad_h_n, grad_c_n)
-    # Without a single step the hidden states depend on nothing.
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-    return torch.autograd.grad(
-        [o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True, materialize_grads=True
+    """Gradients of `reference` by autograd, for its operands from static_gates to weight_hh."""
+    return differentiate(
+        lambda *operands: reference(tokens, lengths, *operands, *args[6:]), args[:6], (grad_hidden, grad_h_n, grad_c_n)
     )
 
 
@@ -119,59 +90,6 @@ def _reference_op(tokens: Tensor, lengths: Tensor, static_gates: Tensor, *args: 
 
 
 # ----------------------------------------------------------------------------------------------- C++ on CPU
-class Packing(NamedTuple):
-    """A batch packed step by step, longest sequences first (``PackedPlan`` and ``WordPacking`` in csrc/kernels.h)."""
-
-    plan: tuple[int, ...]  # addresses for the core
-    samples: int
-    order: Tensor  # (B,) sequence of each rank
-    words: Tensor  # (total,) after word dropout
-    rows: Tensor  # (total,) b * T + t
-    first: int  # packed rows of the first step
-    keep: tuple[Tensor, ...]  # what `plan` points into
-
-    def of_samples(self, index: Tensor, stride: int) -> Tensor:
-        """Return the index of each sample, side by side; the next sample lies `stride` further."""
-        if self.samples == 1:
-            return index
-        return (index[:, None] + stride * torch.arange(self.samples)).flatten()
-
-
-def pack(
-    tokens: Tensor,
-    lengths: Tensor,
-    h0: Tensor,
-    vocabulary: int,
-    seed: Tensor,
-    word_dropout: float,
-    unk_index: int,
-) -> Packing:
-    """Plan the steps of a batch, and make its words after word dropout.
-
-    Raises:
-        IndexError, ValueError: if a token or a length is out of range.
-    """
-    assert CORE is not None
-    tokens, lengths = tokens.contiguous(), lengths.contiguous()
-    batch, time = tokens.shape
-    order, active, start = (torch.empty(n, dtype=torch.int64) for n in (batch, time, time))
-    words, rows = torch.empty_like(tokens).view(-1), torch.empty_like(tokens).view(-1)
-    total = CORE.pack_words(
-        pointer(tokens), pointer(lengths), batch, time, vocabulary, pointer(seed), word_dropout, unk_index,
-        pointer(order), pointer(active), pointer(start), pointer(words), pointer(rows),
-    )  # fmt: skip
-    if total <= CORE.BAD_TOKEN:
-        b, t = divmod(CORE.BAD_TOKEN - total, time)
-        raise IndexError(f"tokens: expected words in [0, {vocabulary}), got {int(tokens[b, t])} at [{b}, {t}]")
-    if total < 0:
-        b = CORE.BAD_LENGTH - total
-        raise ValueError(f"lengths: expected values in [0, {time}], got {int(lengths[b])} at [{b}]")
-    samples = sample_count(tokens, h0)
-    addresses = (batch, samples, time, h0.shape[1], *(pointer(t) for t in (lengths, order, active, start)))
-    first = int(active[0]) if time else 0
-    return Packing(addresses, samples, order, words[:total], rows[:total], first, (lengths, active, start))
-
-
 def _cpu_forward(
     tokens: Tensor,
     lengths: Tensor,
@@ -239,8 +157,7 @@ def _cpu_backward(
     compute = static_gates.dtype
     (batch, time), (sequences, size) = tokens.shape, h0.shape
     packing = pack(tokens, lengths, h0, embedding.shape[0], seed, word_dropout, unk_index)
-    samples, tokens_read = packing.samples, packing.words.numel()
-    total, first = samples * tokens_read, samples * packing.first
+    total, first = packing.samples * packing.words.numel(), packing.samples * packing.first
     rows = packing.of_samples(packing.rows, batch * time)
     if grad_hidden is None:
         grad_states = gates.new_zeros(total, size)
@@ -265,24 +182,13 @@ def _cpu_backward(
     before[:first] = h0.index_select(0, packing.of_samples(packing.order[: packing.first], batch)).to(compute)
     before[first:] = hidden.flatten(0, 1).index_select(0, rows[first:] - 1).to(compute)
     grad_weight_hh = grad_gates.T @ before
-    if samples > 1:  # they read the same token
-        grad_gates = grad_gates.view(tokens_read, samples, 4 * size).sum(1)
-    inputs = embedding.index_select(0, packing.words).to(compute)
-    grad_inputs = grad_gates @ weight_input.to(compute)
-    grad_embedding = torch.ops.aten.embedding_dense_backward(grad_inputs, packing.words, embedding.shape[0], -1, False)
     return (
         grad_static_gates,
         grad_h0.to(h0.dtype),
         grad_c0.to(c0.dtype),
-        grad_embedding.to(embedding.dtype),
-        (grad_gates.T @ inputs).to(weight_input.dtype),
+        *input_gradients(packing, grad_gates, embedding, weight_input),
         grad_weight_hh.to(weight_hh.dtype),
     )
-
-
-def weight_scratch(weight: Tensor) -> Tensor:
-    """Return memory for the core's own layout of a weight: columns in whole tiles, at most 32 wide."""
-    return large(weight.new_empty(weight.shape[0] * (-(-weight.shape[1] // 32) * 32)))
 
 
 # -------------------------------------------------------------------------------------------- Triton on CUDA
@@ -329,9 +235,7 @@ def _cuda_backward(
 def _fake_forward(tokens: Tensor, lengths: Tensor, static_gates: Tensor, h0: Tensor, c0: Tensor,
                   *args: Any) -> tuple[Tensor, ...]:  # fmt: skip
     time, (sequences, size) = tokens.shape[1], h0.shape
-    kernels = h0.device.type == "cuda" and not TRITON_MISSING and static_gates.dtype == torch.float32
-    kernels |= h0.device.type == "cpu" and CORE is not None
-    kept = (sequences * time, size) if kernels and args[-1] else (0, 0)
+    kept = (sequences * time, size) if kernel_keeps(h0, static_gates, args[-1]) else (0, 0)
     return (
         h0.new_empty(sequences, time, size),
         h0.new_empty(h0.shape),
@@ -464,13 +368,7 @@ def lstm(
     Raises:
         TypeError, ValueError: naming the argument whose type, shape, device or value is wrong.
     """
-    check_float("inputs", inputs)
-    if inputs.dim() != 3:
-        raise ValueError(f"inputs: expected shape (batch, time, features), got {tuple(inputs.shape)}")
-    # Every position is a word of its own.
-    batch, time, features = inputs.shape
-    words = torch.arange(batch * time, device=inputs.device).view(batch, time)
-    rows = inputs.reshape(batch * time, features)
+    words, rows = positions_as_words(inputs)
     return _decode("inputs", words, None, h0, c0, rows, weight_ih, weight_hh, bias, lengths, word_dropout=0.0)
 
 
@@ -493,102 +391,17 @@ def _decode(
     sequences, lengths, seed, word_dropout, unk_index = check_recurrence(
         source, 4, tokens, z, {"h0": h0, "c0": c0}, embedding, weight_ih, weight_hh, {"bias": bias}, lengths, **options
     )
-    batch, embed_size, hidden_size = tokens.shape[0], embedding.shape[1], weight_hh.shape[1]
+    embed_size, size = embedding.shape[1], weight_hh.shape[1]
     if c0 is h0:  # Dynamo refuses one tensor given twice to an autograd function
         c0 = h0.view_as(h0)
-    rows = sequences[0] * batch if len(sequences) == 2 else batch
+    h0, c0 = (state.flatten(0, -2).to(embedding.dtype) for state in (h0, c0))
     # A latent's contribution does not change from step to step: one product per sequence.
-    static_gates = embedding.new_zeros((rows, 4 * hidden_size)) if bias is None else bias.expand(rows, -1)
+    rows = h0.shape[0]
+    static_gates = embedding.new_zeros((rows, 4 * size)) if bias is None else bias.expand(rows, -1)
     if z is not None:
-        static_gates = F.linear(z.reshape(rows, z.shape[-1]).to(embedding.dtype), weight_ih[:, embed_size:], bias)
+        static_gates = F.linear(z.flatten(0, -2).to(embedding.dtype), weight_ih[:, embed_size:], bias)
     static_gates = static_gates.to(compute_dtype(embedding))
-    h0, c0 = (state.reshape(rows, hidden_size).to(embedding.dtype) for state in (h0, c0))
-    weight_input = weight_ih[:, :embed_size]
-    if not torch.is_grad_enabled():  # needs_input_grad ignores it: the gates would be kept for nobody
-        static_gates, h0, c0, embedding, weight_input, weight_hh = (
-            t.detach() for t in (static_gates, h0, c0, embedding, weight_input, weight_hh)
-        )
-    hidden, h_n, c_n = _LSTMDecode.apply(
-        tokens, lengths, static_gates, h0, c0, embedding, weight_input, weight_hh, seed, word_dropout, unk_index
-    )  # fmt: skip
-    if len(sequences) == 1:
-        return hidden, h_n, c_n
-    return tuple(t.reshape(*sequences, *t.shape[1:]) for t in (hidden, h_n, c_n))
-
-
-def check_recurrence(
-    source: str,
-    gates: int,
-    tokens: Tensor,
-    z: Tensor | None,
-    states: dict[str, Tensor],
-    embedding: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    biases: dict[str, Tensor | None],
-    lengths: Tensor | None,
-    word_dropout: float,
-    unk_index: int | None = None,
-    generator: torch.Generator | None = None,
-    seed: Tensor | None = None,
-) -> tuple[tuple[int, ...], Tensor, Tensor, float, int]:
-    """Check the operands of a recurrence of `gates` gates, the embedding called `source`, and fill in what is None.
-
-    Returns:
-        ([samples,] batch) of the states, lengths, seed, word_dropout and unk_index.
-    """
-    check_index("tokens", tokens, source, embedding)
-    check_like("weight_hh", weight_hh, source, embedding)
-    if z is not None:
-        check_float("z", z)
-        check_device("z", z, source, embedding)
-    for name, tensor, meaning in (
-        ("tokens", tokens, "(batch, time)"),
-        ("embedding", embedding, "(vocabulary, embed)"),
-        ("weight_hh", weight_hh, f"({gates} * hidden, hidden)"),
-    ):
-        if tensor.dim() != 2:
-            raise ValueError(f"{name}: expected shape {meaning}, got {tuple(tensor.shape)}")
-    sampled, name = (states["h0"], "h0") if z is None else (z, "z")
-    if sampled.dim() not in (2, 3):
-        size = "hidden" if z is None else "latent"
-        meaning = f"(batch, {size}) or (samples, batch, {size})"
-        raise ValueError(f"{name}: expected shape {meaning}, got {tuple(sampled.shape)}")
-    (batch, time), hidden_size, embed_size = tokens.shape, weight_hh.shape[1], embedding.shape[1]
-    latent, sequences = 0 if z is None else z.shape[-1], (*sampled.shape[:-2], batch)
-    layout = "(batch, hidden)" if sampled.dim() == 2 else "(samples, batch, hidden)"
-    rows = gates * hidden_size
-    check_shape("weight_hh", weight_hh, (rows, hidden_size), f"({gates} * hidden, hidden)")
-    check_like("weight_ih", weight_ih, source, embedding)
-    inputs = "features" if source == "inputs" else "embed + latent"
-    check_shape("weight_ih", weight_ih, (rows, embed_size + latent), f"({gates} * hidden, {inputs})")
-    for name, state in states.items():
-        check_float(name, state)
-        check_device(name, state, source, embedding)
-        check_shape(name, state, (*sequences, hidden_size), layout)
-    if z is not None:
-        check_shape("z", z, (*sequences, latent), layout.replace("hidden", "latent"))
-    for name, bias in biases.items():
-        if bias is not None:
-            check_like(name, bias, source, embedding)
-            check_shape(name, bias, (rows,), f"({gates} * hidden,)")
-    if lengths is None:
-        lengths = torch.full((batch,), time, dtype=torch.int64, device=tokens.device)
-    else:
-        check_index("lengths", lengths, source, embedding)
-        check_shape("lengths", lengths, (batch,), "(batch,)")
-    if not 0.0 <= word_dropout <= 1.0:
-        raise ValueError(f"word_dropout: expected a probability in [0, 1], got {word_dropout}")
-    if word_dropout > 0 and unk_index is None:
-        raise ValueError("unk_index: expected the index of <unk> when word_dropout > 0, got None")
-    if word_dropout > 0 and not 0 <= unk_index < embedding.shape[0]:  # type: ignore[operator]
-        raise ValueError(f"unk_index: expected a word in [0, {embedding.shape[0]}), got {unk_index}")
-    if seed is not None and generator is not None:
-        raise ValueError("seed: expected None when a generator is given, got both")
-    if seed is not None:
-        check_seed(seed, source, embedding)
-    elif word_dropout > 0:
-        seed = draw_seed(tokens.device, generator)
-    else:
-        seed = torch.zeros(1, dtype=torch.int64, device=tokens.device)
-    return sequences, lengths, seed, word_dropout, -1 if unk_index is None else unk_index
+    operands = recorded(static_gates, h0, c0, embedding, weight_ih[:, :embed_size], weight_hh)
+    outputs = _LSTMDecode.apply(tokens, lengths, *operands, seed, word_dropout, unk_index)
+    hidden, h_n, c_n = with_samples(outputs, sequences)
+    return hidden, h_n, c_n

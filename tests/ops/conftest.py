@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastvae.ops import backend as backend_module
-from fastvae.ops import cross_entropy, gaussian, generation, gru, layer_norm_lstm, lstm, sparse
+from fastvae.ops import cross_entropy, gaussian, generation, gru, layer_norm_lstm, lstm, recurrence, sparse
 
 REFERENCES = {
     "gaussian_sample_kl": gaussian.reference_sample_kl,
@@ -29,7 +29,7 @@ REFERENCES = {
 def backend(request, monkeypatch):
     """Run the test on the C++ core and on the reference, both with CPU tensors."""
     if request.param == "reference":
-        for module in (cross_entropy, generation, gru, layer_norm_lstm, lstm):
+        for module in (cross_entropy, generation, gru, layer_norm_lstm, lstm, recurrence):
             monkeypatch.setattr(module, "CORE", None)
         with torch.library._scoped_library("fastvae", "IMPL") as library:
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it overrides

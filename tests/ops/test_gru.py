@@ -10,7 +10,7 @@ from torch import nn
 
 from fastvae.functional import gru, gru_decode
 from fastvae.ops import gru as module
-from fastvae.ops.lstm import dropped_tokens
+from fastvae.ops.recurrence import dropped_tokens
 
 SEED = torch.tensor([-98765432123456789])
 # samples (None: no such dimension), batch, time, vocabulary, embed, latent, hidden

@@ -9,7 +9,7 @@ from cases import DTYPES
 
 from fastvae.functional import layer_norm_lstm, layer_norm_lstm_decode
 from fastvae.ops import layer_norm_lstm as module
-from fastvae.ops.lstm import dropped_tokens
+from fastvae.ops.recurrence import dropped_tokens
 
 SEED = torch.tensor([-98765432123456789])
 # samples (None: no such dimension), batch, time, vocabulary, embed, latent, hidden

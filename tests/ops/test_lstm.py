@@ -10,7 +10,7 @@ from torch import nn
 
 from fastvae.functional import lstm as lstm_layer
 from fastvae.functional import lstm_decode
-from fastvae.ops import lstm, random
+from fastvae.ops import lstm, random, recurrence
 
 SEED = torch.tensor([-98765432123456789])
 # batch, time, vocabulary, embed, latent, hidden
@@ -134,7 +134,7 @@ def test_samples_are_sequences_that_share_their_tokens(samples, dtype, latent, b
     dropout = {"word_dropout": 0.4, "unk_index": 1}
     together = lstm_decode(tokens, **leaves, lengths=lengths, **dropout, seed=SEED)
     # Of one batch, all samples of a sequence drop the same words.
-    replaced = lstm.dropped_tokens(tokens, lengths, SEED, **dropout)
+    replaced = recurrence.dropped_tokens(tokens, lengths, SEED, **dropout)
     apart = lstm_decode(replaced.repeat(samples, 1), **flattened, lengths=lengths.repeat(samples))
     apart = [o.unflatten(0, (samples, 5)) for o in apart]
     ours, theirs = with_gradients(together, leaves), with_gradients(apart, flat)
