@@ -15,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -285,10 +287,11 @@ class _DictionaryLearning(_SparseCoding):
         """Leave a fitted estimator behind, whatever ends the fit."""
         self.interrupted_ = False
         try:
-            yield
+            with _interrupting_together(learner):
+                yield
         except KeyboardInterrupt:
             self.interrupted_ = True
-            if _processes() > 1:  # the others wait for this one: end them all
+            if _processes() > 1 and not learner.stopped_together:  # the others wait for this one: end them all
                 raise
             warnings.warn("the fit was interrupted; set warm_start=True and fit again to go on", stacklevel=4)
         finally:
@@ -326,6 +329,7 @@ class _Learner:
         self.seen: float = estimator._seen  # samples since dead atoms were last looked for
         self.steps: int = estimator.n_steps_
         self.missed = self.coded = 0
+        self.stop_requested = self.stopped_together = False
 
     def code(self, x: Tensor, init: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Code a batch; return codes, gaps, and the sums h^T h, h^T x and (samples, objective)."""
@@ -336,6 +340,23 @@ class _Learner:
         objective = 0.5 * (x - codes @ self.dictionary).square().sum() + alpha * codes.abs().sum()
         totals = torch.stack([objective.new_tensor(float(len(x))), objective])
         return codes, info.gap, [codes.T @ codes, codes.T @ x, totals]
+
+    def over_processes(self, sums: list[Tensor]) -> list[Tensor]:
+        """Sum over the processes, in one message that also says whether one of them was interrupted.
+
+        Raises:
+            KeyboardInterrupt: one was; they all raise it here.
+        """
+        if _processes() == 1:
+            return sums
+        request = sums[0].new_tensor([float(self.stop_requested)])
+        flat = torch.cat([request, *(t.flatten() for t in sums)])
+        dist.all_reduce(flat)
+        request, *parts = flat.split([1, *(t.numel() for t in sums)])
+        if request.item() > 0:
+            self.stopped_together = True
+            raise KeyboardInterrupt
+        return [part.view_as(t) for part, t in zip(parts, sums, strict=True)]
 
     def improve(self, code_gram: Tensor, cross: Tensor, x: Tensor, codes: Tensor, *, sweeps: int, steps: int) -> Tensor:
         """Take over the statistics, replace what died, sweep; return the indices of the replaced atoms.
@@ -475,7 +496,7 @@ class DictionaryLearning(_DictionaryLearning):
                         codes[rows] = h
                     self.dual_gap_[rows] = gap.cpu().numpy()
                     sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
-                code_gram, cross, totals = _over_processes(sums)
+                code_gram, cross, totals = learner.over_processes(sums)
                 samples, cost = totals.tolist()
                 self.error_.append(cost)
                 self.n_iter_ = iteration + 1
@@ -646,7 +667,7 @@ class MiniBatchDictionaryLearning(_DictionaryLearning):
     ) -> tuple[Tensor, np.ndarray, float, Tensor]:  # fmt: skip
         """Learn from one batch; `batch` is the size of a full one, of all processes."""
         codes, gap, sums = learner.code(x, init)
-        gram, cross, totals = _over_processes(sums)
+        gram, cross, totals = learner.over_processes(sums)
         samples, cost = totals.tolist()
         window = max(_WINDOW * len(gram) / batch, 1)
         past = min((learner.steps / (learner.steps + 1)) ** _FORGETTING, 1 - 1 / window)
@@ -764,13 +785,23 @@ def _rank() -> int:
     return dist.get_rank() if _processes() > 1 else 0
 
 
-def _over_processes(sums: list[Tensor]) -> list[Tensor]:
-    if _processes() == 1:
-        return sums
-    flat = torch.cat([t.flatten() for t in sums])  # one message
-    dist.all_reduce(flat)
-    parts = flat.split([t.numel() for t in sums])
-    return [part.view_as(t) for part, t in zip(parts, sums, strict=True)]
+@contextlib.contextmanager
+def _interrupting_together(learner: _Learner) -> Iterator[None]:
+    """Let Ctrl-C of any one of several processes end the fit of all, after the batch; a second one ends it at once."""
+    if _processes() == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def request_stop(number: int, frame: Any) -> None:
+        if learner.stop_requested:
+            raise KeyboardInterrupt
+        learner.stop_requested = True
+
+    previous = signal.signal(signal.SIGINT, request_stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _from_first(tensor: Tensor) -> Tensor:

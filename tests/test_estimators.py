@@ -388,7 +388,7 @@ def test_without_scikit_learn_the_remedy_is_told():
 # many processes
 
 PROCESS = """
-import sys
+import os, signal, sys, warnings
 import numpy as np
 import torch.distributed as dist
 from fastvae.estimators import DictionaryLearning, MiniBatchDictionaryLearning
@@ -397,12 +397,22 @@ folder, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 x, first = np.load(f"{folder}/x{rank}.npy"), np.load(f"{folder}/first.npy")
 options = dict(alpha=0.2, transform_tol=1e-10, dict_init=first if rank == 0 else -first)
-batches = MiniBatchDictionaryLearning(
-    batch_size=20, max_iter=4, shuffle=False, tol=0, max_no_improvement=None, **options
-).fit(x)
+settings = dict(batch_size=20, max_iter=4, shuffle=False, tol=0, max_no_improvement=None, **options)
+batches = MiniBatchDictionaryLearning(**settings).fit(x)
 partial = MiniBatchDictionaryLearning(**options).partial_fit(x[:20]).partial_fit(x[20:40])
 whole = DictionaryLearning(max_iter=5, **options).fit(x)
-np.savez(f"{folder}/result{rank}.npz", batches.components_, partial.components_, whole.components_, batches.n_steps_)
+
+def interrupt_the_second(state):
+    if rank == 1 and state["step"] == 5:
+        os.kill(os.getpid(), signal.SIGINT)
+
+warnings.simplefilter("ignore")
+resumed = MiniBatchDictionaryLearning(warm_start=True, callback=interrupt_the_second, **settings).fit(x)
+steps, handler = resumed.n_steps_, signal.getsignal(signal.SIGINT)
+assert resumed.interrupted_ and handler is signal.default_int_handler
+resumed.set_params(callback=None).fit(x)
+dictionaries = [model.components_ for model in (batches, partial, whole, resumed)]
+np.savez(f"{folder}/result{rank}.npz", *dictionaries, batches.n_steps_, steps)
 dist.destroy_process_group()
 """
 
@@ -430,8 +440,9 @@ def test_two_processes_learn_as_one(tmp_path, data):
     whole = DictionaryLearning(max_iter=5, **options).fit(x)
     assert np.abs(batches.components_ @ batches.components_.T - np.eye(12)).max() < 0.999
     results = [np.load(tmp_path / f"result{rank}.npz") for rank in (0, 1)]
-    for n, one in enumerate([batches, partial, whole]):
+    for n, one in enumerate([batches, partial, whole, batches]):
         ours, theirs = (result[f"arr_{n}"] for result in results)
         np.testing.assert_array_equal(ours, theirs)
         np.testing.assert_allclose(ours, one.components_, atol=1e-5)
-    assert results[0]["arr_3"] == batches.n_steps_ == 16
+    assert results[0]["arr_4"] == batches.n_steps_ == 16
+    assert results[0]["arr_5"] == results[1]["arr_5"] == 6  # Ctrl-C of one ends both, in the next batch's message
