@@ -5,6 +5,7 @@ from fastvae.ops.dictionary import dictionary_update
 from fastvae.ops.gaussian import gaussian_kl, gaussian_sample_kl
 from fastvae.ops.gru import gru, gru_decode
 from fastvae.ops.layer_norm_lstm import layer_norm_lstm, layer_norm_lstm_decode
+from fastvae.ops.likelihood import bernoulli_nll, gaussian_nll
 from fastvae.ops.lstm import lstm, lstm_decode
 from fastvae.ops.sparse import (
     duality_gap,
@@ -21,10 +22,12 @@ from fastvae.ops.top_k import top_k_decode, top_k_encode
 
 __all__ = [
     "bag_of_words_loss",
+    "bernoulli_nll",
     "dictionary_update",
     "duality_gap",
     "fista",
     "gaussian_kl",
+    "gaussian_nll",
     "gaussian_sample_kl",
     "gru",
     "gru_decode",

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fastvae.functional import (
     bag_of_words_loss,
+    bernoulli_nll,
     fista,
     gaussian_kl,
+    gaussian_nll,
     gaussian_sample_kl,
     gru,
     gru_decode,
@@ -44,6 +46,18 @@ def _gaussian_inputs(dtype, batch):
     tensors = {name: torch.randn(batch, 33, generator=random).to(dtype) for name in names[:2]}
     tensors |= {name: torch.randn(33, generator=random) for name in names[2:]}
     return tensors | {"seed": torch.tensor([-6_000_000_000])}
+
+
+def _bernoulli_inputs(dtype, batch):
+    random = torch.Generator().manual_seed(batch)
+    logits = (3 * torch.randn(2, batch, 33, generator=random)).to(dtype)
+    return {"logits": logits, "target": torch.rand(batch, 33, generator=random).to(dtype)}
+
+
+def _likelihood_inputs(dtype, batch, full=False):
+    random = torch.Generator().manual_seed(batch)
+    shapes = {"mean": (2, batch, 33), "target": (batch, 33), "log_var": (2, batch, 33) if full else (33,)}
+    return {name: torch.randn(shape, generator=random).to(dtype) for name, shape in shapes.items()}
 
 
 def _cross_entropy_inputs(dtype, batch):
@@ -146,6 +160,11 @@ CASES = {
         lambda **tensors: gaussian_sample_kl(**tensors, num_samples=2, reduction="none"), _gaussian_inputs
     ),
     "gaussian_kl": Case(lambda seed, **tensors: (gaussian_kl(**tensors),), _gaussian_inputs),
+    "bernoulli_nll": Case(lambda **tensors: (bernoulli_nll(**tensors),), _bernoulli_inputs),
+    "gaussian_nll": Case(lambda **tensors: (gaussian_nll(**tensors),), _likelihood_inputs),
+    "gaussian_nll full": Case(
+        lambda **tensors: (gaussian_nll(**tensors),), lambda *arguments: _likelihood_inputs(*arguments, full=True)
+    ),
     "linear_cross_entropy": Case(lambda **tensors: (linear_cross_entropy(**tensors),), _cross_entropy_inputs),
     "linear_cross_entropy rows": Case(
         lambda **tensors: (linear_cross_entropy(**tensors, reduction="none"),), _cross_entropy_inputs

@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from fastvae.ops import backend as backend_module
-from fastvae.ops import cross_entropy, gaussian, generation, gru, layer_norm_lstm, lstm, recurrence, sparse
+from fastvae.ops import cross_entropy, gaussian, generation, gru, layer_norm_lstm, likelihood, lstm, recurrence, sparse
 
 REFERENCES = {
     "gaussian_sample_kl": gaussian.reference_sample_kl,
     "gaussian_sample_kl_backward": gaussian.reference_sample_kl_backward,
+    "bernoulli_nll": likelihood.reference_bernoulli,
+    "bernoulli_nll_backward": likelihood.reference_bernoulli_backward,
+    "gaussian_nll": likelihood.reference_gaussian,
+    "gaussian_nll_backward": likelihood.reference_gaussian_backward,
     "linear_cross_entropy": cross_entropy.reference,
     "linear_cross_entropy_backward": cross_entropy.reference_backward,
     "lstm_decode": lstm._reference_op,
