@@ -1,5 +1,7 @@
 """The public functions, gathered from :mod:`fastvae.ops`."""
 
+from fastvae.ops.categorical import categorical_kl, gumbel_softmax_sample_kl
+from fastvae.ops.corruption import corrupt, corrupted_linear
 from fastvae.ops.cross_entropy import bag_of_words_loss, linear_cross_entropy
 from fastvae.ops.dictionary import dictionary_update
 from fastvae.ops.gaussian import gaussian_kl, gaussian_sample_kl
@@ -23,6 +25,9 @@ from fastvae.ops.top_k import top_k_decode, top_k_encode
 __all__ = [
     "bag_of_words_loss",
     "bernoulli_nll",
+    "categorical_kl",
+    "corrupt",
+    "corrupted_linear",
     "dictionary_update",
     "duality_gap",
     "fista",
@@ -31,6 +36,7 @@ __all__ = [
     "gaussian_sample_kl",
     "gru",
     "gru_decode",
+    "gumbel_softmax_sample_kl",
     "ista",
     "ista_step",
     "kkt_violation",

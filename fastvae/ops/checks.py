@@ -49,6 +49,25 @@ def check_seed(seed: Tensor, other_name: str, other: Tensor) -> None:
     check_shape("seed", seed, (1,), "(1,)")
 
 
+def check_broadcast(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless `tensor` has a floating-point type and broadcasts to `other`, on the same device."""
+    check_float(name, tensor)
+    check_device(name, tensor, other_name, other)
+    try:
+        broadcasts = torch.broadcast_shapes(tensor.shape, other.shape) == other.shape
+    except RuntimeError:
+        broadcasts = False
+    if not broadcasts:
+        shape, other_shape = tuple(tensor.shape), tuple(other.shape)
+        raise ValueError(f"{name}: expected a shape that broadcasts to {other_name}'s {other_shape}, got {shape}")
+
+
+def check_samples(num_samples: int | None) -> None:
+    """Raise ValueError unless `num_samples` is None or a positive integer."""
+    if num_samples is not None and not (isinstance(num_samples, int | torch.SymInt) and num_samples >= 1):
+        raise ValueError(f"num_samples: expected None or an integer of at least 1, got {num_samples}")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:

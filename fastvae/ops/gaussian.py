@@ -24,8 +24,8 @@ from fastvae.ops.backend import (
     recording,
     register,
 )
-from fastvae.ops.checks import check_choice, check_float, check_like, check_seed
-from fastvae.ops.random import draw_seed, normal
+from fastvae.ops.checks import check_broadcast, check_choice, check_float, check_like, check_samples
+from fastvae.ops.random import normal, seed_of
 
 LOG_VAR_LIMIT = 40.0
 
@@ -311,15 +311,9 @@ def gaussian_sample_kl(
 
     Source: Kingma & Welling 2014, "Auto-encoding variational Bayes".
     """
-    if num_samples is not None and not (isinstance(num_samples, int | torch.SymInt) and num_samples >= 1):
-        raise ValueError(f"num_samples: expected None or an integer of at least 1, got {num_samples}")
+    check_samples(num_samples)
     prior_mean, prior_log_var = _check(mean, log_var, prior_mean, prior_log_var, reduction)
-    if seed is None:
-        seed = draw_seed(mean.device, generator)
-    elif generator is not None:
-        raise ValueError("seed: expected None when a generator is given, got both")
-    else:
-        check_seed(seed, "mean", mean)
+    seed = seed_of(seed, generator, "mean", mean)
     return _SampleKL.apply(mean, log_var, prior_mean, prior_log_var, seed, num_samples, reduction == "sum")
 
 
@@ -355,17 +349,7 @@ def _check(mean: Tensor, log_var: Tensor, prior_mean: Tensor | None, prior_log_v
     for name, tensor in (("prior_mean", prior_mean), ("prior_log_var", prior_log_var)):
         if tensor is None:
             tensor = mean.new_zeros((), dtype=compute_dtype(mean))
-        check_float(name, tensor)
-        if tensor.device != mean.device:
-            raise ValueError(f"{name}: expected device {mean.device} as mean, got {tensor.device}")
-        try:
-            broadcasts = torch.broadcast_shapes(tensor.shape, mean.shape) == mean.shape
-        except RuntimeError:
-            broadcasts = False
-        if not broadcasts:
-            raise ValueError(
-                f"{name}: expected a shape that broadcasts to mean's {tuple(mean.shape)}, got {tuple(tensor.shape)}"
-            )
+        check_broadcast(name, tensor, "mean", mean)
         prior.append(tensor.to(compute_dtype(mean)))
     # A prior without batch dimensions stays one row, so that its gradient is summed inside the kernel.
     shared = all(math.prod(tensor.shape[:-1]) == 1 for tensor in prior)

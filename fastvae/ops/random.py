@@ -5,9 +5,10 @@ noise again instead of storing it, and CPU, GPU and this reference agree. In Tri
 
     uniform of element e = tl.rand(seed, e)
     normal of element e  = tl.randn4x(seed, e // 4)[e % 4]
+    packed uniform of element e = tl.rand4x(seed, e // 4)[e % 4], of which Gumbel numbers are made
 
-with 32-bit counter words; past 2**32 the second word counts on. All four output words of a counter make a normal
-number each, so that a vector of normals costs a quarter of the rounds that ``tl.randn`` would.
+with 32-bit counter words; past 2**32 the second word counts on. All four output words of a counter make a number
+each, except of `uniform`, so that a vector of normals costs a quarter of the rounds that ``tl.randn`` would.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; Box & Muller 1958.
 """
@@ -16,6 +17,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from fastvae.ops.checks import check_seed
 
 _MASK = 0xFFFFFFFF
 _UNIFORM_SCALE = 4.6566127342e-10  # largest float32 with (2**31 - 1) * scale < 1
@@ -40,6 +43,20 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None, co
     if generator.device.type != device.type:
         raise ValueError(f"generator: expected a generator on {device}, got one on {generator.device}")
     return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=device, generator=generator)
+
+
+def seed_of(seed: Tensor | None, generator: torch.Generator | None, name: str, tensor: Tensor) -> Tensor:
+    """Return `seed`, checked against the argument `name`, or draw one on the device of that `tensor`.
+
+    Raises:
+        TypeError, ValueError: if `seed` is not an int64 tensor (1,) of that device, or comes beside a generator.
+    """
+    if seed is None:
+        return draw_seed(tensor.device, generator)
+    if generator is not None:
+        raise ValueError("seed: expected None when a generator is given, got both")
+    check_seed(seed, name, tensor)
+    return seed
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
@@ -79,3 +96,19 @@ def normal(seed: Tensor, offsets: Tensor) -> Tensor:
     u1, u2 = (_to_uniform(torch.where(upper, words[i + 2], words[i])).double() for i in (0, 1))
     radius, angle = torch.sqrt(-2.0 * torch.log(u1.clamp_min(1e-7))), 2.0 * math.pi * u2
     return (radius * torch.where(offsets % 2 == 0, torch.cos(angle), torch.sin(angle))).float()
+
+
+def packed_uniform(seed: Tensor, offsets: Tensor) -> Tensor:
+    """Return float32 numbers in [0, 1), one for each element index, four of a counter: not those of `uniform`."""
+    words = torch.stack(philox(seed, offsets // 4), -1)
+    return _to_uniform(words.gather(-1, (offsets % 4).unsqueeze(-1)).squeeze(-1))
+
+
+def gumbel(seed: Tensor, offsets: Tensor) -> Tensor:
+    """Return float32 standard Gumbel numbers -log(-log u), u the packed uniform number, for each element index.
+
+    u has 31 bits and may be 0: it counts as 2**-32, half of the next one. The largest is 1 - 2**-24, so that all
+    numbers are finite, within [-3.1, 16.7].
+    """
+    u = packed_uniform(seed, offsets).clamp_min(2.0**-32).double()  # exact, as in `normal`
+    return -torch.log(-torch.log(u)).float()
