@@ -9,6 +9,7 @@ from fastvae.ops.gru import gru, gru_decode
 from fastvae.ops.layer_norm_lstm import layer_norm_lstm, layer_norm_lstm_decode
 from fastvae.ops.likelihood import bernoulli_nll, gaussian_nll
 from fastvae.ops.lstm import lstm, lstm_decode
+from fastvae.ops.posterior import mixture_log_density, mutual_information
 from fastvae.ops.sparse import (
     duality_gap,
     fista,
@@ -46,6 +47,8 @@ __all__ = [
     "linear_cross_entropy",
     "lstm",
     "lstm_decode",
+    "mixture_log_density",
+    "mutual_information",
     "soft_threshold",
     "sparse_encode",
     "sparse_value",
