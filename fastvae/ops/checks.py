@@ -1,5 +1,7 @@
 """Argument checks shared by the public functions: each error names the argument, the wish and what came."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -62,10 +64,13 @@ def check_broadcast(name: str, tensor: Tensor, other_name: str, other: Tensor) -
         raise ValueError(f"{name}: expected a shape that broadcasts to {other_name}'s {other_shape}, got {shape}")
 
 
-def check_samples(num_samples: int | None) -> None:
-    """Raise ValueError unless `num_samples` is None or a positive integer."""
-    if num_samples is not None and not (isinstance(num_samples, int | torch.SymInt) and num_samples >= 1):
-        raise ValueError(f"num_samples: expected None or an integer of at least 1, got {num_samples}")
+def check_samples(num_samples: Any, *, required: bool = False) -> None:
+    """Raise ValueError unless `num_samples` is an integer of at least 1, or None where it is not `required`."""
+    if num_samples is None and not required:
+        return
+    if not (isinstance(num_samples, int | torch.SymInt) and num_samples >= 1):
+        wish = "an integer" if required else "None or an integer"
+        raise ValueError(f"num_samples: expected {wish} of at least 1, got {num_samples}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -43,9 +43,7 @@ def reference_sample_kl(
     """Eager definition. mean, log_var (..., D), prior (D,) or (..., D); z (..., D), or (S, ..., D) with num_samples."""
     compute = compute_dtype(mean)
     mean_, log_var_ = mean.to(compute), log_var.to(compute).clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT)
-    shape = _z_shape(mean, num_samples)
-    offsets = torch.arange(math.prod(shape), device=mean.device).reshape(shape)
-    z = mean_ + torch.exp(0.5 * log_var_) * normal(seed, offsets).to(compute)
+    z = mean_ + torch.exp(0.5 * log_var_) * noise_like(mean, seed, num_samples)
     if prior_mean is None or prior_log_var is None:
         kl = 0.5 * (mean_.square() + torch.expm1(log_var_) - log_var_)
     else:
@@ -83,8 +81,16 @@ def reference_sample_kl_backward(
     return grads[0], grads[1], *prior
 
 
-def _z_shape(mean: Tensor, num_samples: int | None) -> tuple[int, ...]:
+def z_shape(mean: Tensor, num_samples: int | None) -> tuple[int, ...]:
+    """Shape of the samples: that of `mean`, or (S, ..., D) with num_samples."""
     return tuple(mean.shape) if num_samples is None else (num_samples, *mean.shape)
+
+
+def noise_like(mean: Tensor, seed: Tensor, num_samples: int | None) -> Tensor:
+    """Standard normal noise of the samples, in the dtype `mean` is computed in."""
+    shape = z_shape(mean, num_samples)
+    offsets = torch.arange(math.prod(shape), device=mean.device).reshape(shape)
+    return normal(seed, offsets).to(compute_dtype(mean))
 
 
 # ----------------------------------------------------------------------------------------------- C++ on CPU
@@ -101,7 +107,7 @@ def _cpu_sample_kl(
     mean, log_var = mean.contiguous(), log_var.contiguous()
     samples = 1 if num_samples is None else num_samples
     rows, latent = _rows(mean)
-    z = large(mean.new_empty(_z_shape(mean, num_samples)))
+    z = large(mean.new_empty(z_shape(mean, num_samples)))
     kl = large(mean.new_empty(mean.shape[:-1] if sum_latent else mean.shape, dtype=compute_dtype(mean)))
     prior_rows = 0
     if prior_mean is not None and prior_log_var is not None:
@@ -187,7 +193,7 @@ def _cuda_sample_kl(
     z, kl = _triton_forward(
         mean.reshape(matrix).contiguous(), log_var.reshape(matrix).contiguous(), *prior, seed, samples, sum_latent
     )
-    return z.reshape(_z_shape(mean, num_samples)), kl.reshape(mean.shape[:-1] if sum_latent else mean.shape)
+    return z.reshape(z_shape(mean, num_samples)), kl.reshape(mean.shape[:-1] if sum_latent else mean.shape)
 
 
 def _cuda_sample_kl_backward(
@@ -231,7 +237,7 @@ def _cuda_sample_kl_backward(
 def _fake_sample_kl(mean: Tensor, log_var: Tensor, prior_mean: Any, prior_log_var: Any, seed: Tensor,
                     num_samples: int | None, sum_latent: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     kl_shape = mean.shape[:-1] if sum_latent else mean.shape
-    return mean.new_empty(_z_shape(mean, num_samples)), mean.new_empty(kl_shape, dtype=compute_dtype(mean))
+    return mean.new_empty(z_shape(mean, num_samples)), mean.new_empty(kl_shape, dtype=compute_dtype(mean))
 
 
 def _fake_sample_kl_backward(grad_z: Any, grad_kl: Any, mean: Tensor, log_var: Tensor, prior_mean: Tensor | None,
@@ -334,14 +340,19 @@ def gaussian_kl(
     return _SampleKL.apply(mean, log_var, prior_mean, prior_log_var, seed, 0, reduction == "sum")[1]
 
 
-def _check(mean: Tensor, log_var: Tensor, prior_mean: Tensor | None, prior_log_var: Tensor | None,
-           reduction: str) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+def check_log_var(mean: Tensor, log_var: Tensor) -> None:
+    """Raise unless `mean` and `log_var` are (..., latent) alike."""
     check_float("mean", mean)
     check_like("log_var", log_var, "mean", mean)
     if mean.dim() == 0 or mean.shape != log_var.shape:
         raise ValueError(
             f"log_var: expected the shape (..., latent) of mean, {tuple(mean.shape)}, got {tuple(log_var.shape)}"
         )
+
+
+def _check(mean: Tensor, log_var: Tensor, prior_mean: Tensor | None, prior_log_var: Tensor | None,
+           reduction: str) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    check_log_var(mean, log_var)
     check_choice("reduction", reduction, ("sum", "none"))
     if prior_mean is None and prior_log_var is None:
         return None, None

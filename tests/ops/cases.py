@@ -15,11 +15,14 @@ from fastvae.functional import (
     bag_of_words_loss,
     bernoulli_nll,
     fista,
+    full_gaussian_sample_kl,
     gaussian_kl,
     gaussian_nll,
     gaussian_sample_kl,
+    gaussian_sample_log_ratio,
     gru,
     gru_decode,
+    importance_weighted_bound,
     ista,
     layer_norm_lstm,
     layer_norm_lstm_decode,
@@ -58,6 +61,23 @@ def _likelihood_inputs(dtype, batch, full=False):
     random = torch.Generator().manual_seed(batch)
     shapes = {"mean": (2, batch, 33), "target": (batch, 33), "log_var": (2, batch, 33) if full else (33,)}
     return {name: torch.randn(shape, generator=random).to(dtype) for name, shape in shapes.items()}
+
+
+def _full_gaussian_inputs(dtype, batch):
+    random = torch.Generator().manual_seed(batch)
+    shapes = {"mean": (batch, 7), "log_diagonal": (batch, 7), "lower": (batch, 21)}
+    tensors = {name: torch.randn(shape, generator=random).to(dtype) for name, shape in shapes.items()}
+    return tensors | {"seed": torch.tensor([-6_000_000_000])}
+
+
+def _importance_inputs(dtype, batch):
+    tensors = _gaussian_inputs(dtype, batch)
+    return {name: tensors[name] for name in ("mean", "log_var", "seed")}
+
+
+def _bound_inputs(dtype, batch):
+    random = torch.Generator().manual_seed(batch)
+    return {n: torch.randn(5, batch, generator=random).to(dtype) for n in ("log_likelihood", "log_ratio")}
 
 
 def _cross_entropy_inputs(dtype, batch):
@@ -165,6 +185,13 @@ CASES = {
     "gaussian_nll full": Case(
         lambda **tensors: (gaussian_nll(**tensors),), lambda *arguments: _likelihood_inputs(*arguments, full=True)
     ),
+    "full_gaussian_sample_kl": Case(
+        lambda **tensors: full_gaussian_sample_kl(**tensors, num_samples=2), _full_gaussian_inputs
+    ),
+    "gaussian_sample_log_ratio": Case(
+        lambda **tensors: gaussian_sample_log_ratio(**tensors, num_samples=3), _importance_inputs
+    ),
+    "importance_weighted_bound": Case(lambda **tensors: (importance_weighted_bound(**tensors),), _bound_inputs),
     "linear_cross_entropy": Case(lambda **tensors: (linear_cross_entropy(**tensors),), _cross_entropy_inputs),
     "linear_cross_entropy rows": Case(
         lambda **tensors: (linear_cross_entropy(**tensors, reduction="none"),), _cross_entropy_inputs
@@ -196,6 +223,7 @@ OTHERS = {
     "ista_step",
     "kkt_violation",
     "lambda_max",
+    "scale_tril",
     "soft_threshold",
     "sparse_encode",
     "sparse_value",

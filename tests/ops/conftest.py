@@ -6,7 +6,19 @@ import pytest
 import torch
 
 from fastvae.ops import backend as backend_module
-from fastvae.ops import cross_entropy, gaussian, generation, gru, layer_norm_lstm, likelihood, lstm, recurrence, sparse
+from fastvae.ops import (
+    cross_entropy,
+    full_gaussian,
+    gaussian,
+    generation,
+    gru,
+    importance,
+    layer_norm_lstm,
+    likelihood,
+    lstm,
+    recurrence,
+    sparse,
+)
 
 REFERENCES = {
     "gaussian_sample_kl": gaussian.reference_sample_kl,
@@ -15,6 +27,12 @@ REFERENCES = {
     "bernoulli_nll_backward": likelihood.reference_bernoulli_backward,
     "gaussian_nll": likelihood.reference_gaussian,
     "gaussian_nll_backward": likelihood.reference_gaussian_backward,
+    "full_gaussian_sample_kl": full_gaussian.reference_sample_kl,
+    "full_gaussian_sample_kl_backward": full_gaussian.reference_sample_kl_backward,
+    "gaussian_sample_log_ratio": importance.reference_sample,
+    "gaussian_sample_log_ratio_backward": importance.reference_sample_backward,
+    "importance_weighted_bound": importance.reference_bound,
+    "importance_weighted_bound_backward": importance.reference_bound_backward,
     "linear_cross_entropy": cross_entropy.reference,
     "linear_cross_entropy_backward": cross_entropy.reference_backward,
     "lstm_decode": lstm._reference_op,

@@ -1,0 +1,190 @@
+"""Importance-weighted bounds: samples with their log density ratios in one pass, and the bound over the samples.
+
+    z_s = mean + exp(log_var / 2) * noise_s,    log_ratio_s = log p(z_s) - log q(z_s | x), p = N(0, I), in nats
+        = sum_d 1/2 (log_var + noise_s^2 - z_s^2)
+    bound = logsumexp_s(log_likelihood_s + log_ratio_s) - log S
+
+The noise comes from :mod:`fastvae.ops.random` at element (s * N + n) * D + d and is made again in the backward pass,
+where nothing as large as z is kept; ``log_var`` is clamped to [-40, 40], with no gradient outside. Source: Burda,
+Grosse & Salakhutdinov 2016, "Importance weighted autoencoders", eq. 8.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvae.ops.backend import compute_dtype, first_order, recording, register
+from fastvae.ops.checks import check_float, check_like, check_samples
+from fastvae.ops.gaussian import LOG_VAR_LIMIT, check_log_var, noise_like, z_shape
+from fastvae.ops.random import seed_of
+
+
+# ------------------------------------------------------------------------------------------------ reference
+def reference_sample(mean: Tensor, log_var: Tensor, seed: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+    """Eager definition of the samples. mean, log_var (..., D); z (S, ..., D), log_ratio (S, ...)."""
+    compute = compute_dtype(mean)
+    log_var_ = log_var.to(compute).clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT)
+    noise = noise_like(mean, seed, num_samples)
+    z = mean.to(compute) + torch.exp(0.5 * log_var_) * noise
+    return z.to(mean.dtype), 0.5 * (log_var_ + noise.square() - z.square()).sum(-1)
+
+
+def reference_sample_backward(
+    grad_z: Tensor | None, grad_log_ratio: Tensor | None, mean: Tensor, log_var: Tensor, seed: Tensor, num_samples: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `reference_sample` by autograd."""
+    with recording():
+        m, lv = (t.detach().requires_grad_() for t in (mean, log_var))
+        outputs = reference_sample(m, lv, seed, num_samples)
+    grads = [torch.zeros_like(o) if g is None else g for o, g in zip(outputs, (grad_z, grad_log_ratio), strict=True)]
+    grad_mean, grad_log_var = torch.autograd.grad(outputs, (m, lv), grads)
+    return grad_mean, grad_log_var
+
+
+def reference_bound(log_likelihood: Tensor, log_ratio: Tensor) -> Tensor:
+    """Eager definition of the bound. log_likelihood, log_ratio (S, ...); bound (...)."""
+    compute = compute_dtype(log_ratio)
+    log_weight = log_likelihood.to(compute) + log_ratio.to(compute)
+    return log_weight.logsumexp(0) - math.log(log_weight.shape[0])
+
+
+def reference_bound_backward(grad: Tensor, log_likelihood: Tensor, log_ratio: Tensor) -> Tensor:
+    """Gradient of `reference_bound`, the same for both inputs: the normalized weights, 0 where a bound is infinite."""
+    log_weight = log_likelihood.to(grad.dtype) + log_ratio.to(grad.dtype)
+    weight = torch.where(log_weight.logsumexp(0).isinf(), 0.0, log_weight.softmax(0))
+    return (grad * weight).to(log_likelihood.dtype)
+
+
+# ------------------------------------------------------------------------------------------ schema, autograd
+def _fake_sample(mean: Tensor, log_var: Tensor, seed: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+    z = z_shape(mean, num_samples)
+    return mean.new_empty(z), mean.new_empty(z[:-1], dtype=compute_dtype(mean))
+
+
+_sample = register(
+    "gaussian_sample_log_ratio(Tensor mean, Tensor log_var, Tensor seed, SymInt num_samples) -> (Tensor, Tensor)",
+    reference=reference_sample,
+    fake=_fake_sample,
+    cpu=None,
+    cuda=None,
+)
+_sample_backward = register(
+    "gaussian_sample_log_ratio_backward(Tensor? grad_z, Tensor? grad_log_ratio, Tensor mean, Tensor log_var, "
+    "Tensor seed, SymInt num_samples) -> (Tensor, Tensor)",
+    reference=reference_sample_backward,
+    fake=lambda grad_z, grad_log_ratio, mean, *_: (mean.new_empty(mean.shape), mean.new_empty(mean.shape)),
+    cpu=None,
+    cuda=None,
+)
+_bound = register(
+    "importance_weighted_bound(Tensor log_likelihood, Tensor log_ratio) -> Tensor",
+    reference=reference_bound,
+    fake=lambda log_likelihood, _: log_likelihood.new_empty(
+        log_likelihood.shape[1:], dtype=compute_dtype(log_likelihood)
+    ),
+    cpu=None,
+    cuda=None,
+)
+_bound_backward = register(
+    "importance_weighted_bound_backward(Tensor grad, Tensor log_likelihood, Tensor log_ratio) -> Tensor",
+    reference=reference_bound_backward,
+    fake=lambda grad, log_likelihood, _: log_likelihood.new_empty(log_likelihood.shape),
+    cpu=None,
+    cuda=None,
+)
+
+
+class _Sample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, log_var: Tensor, seed: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mean, log_var, seed)
+        ctx.num_samples = num_samples
+        return _sample(mean, log_var, seed, num_samples)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_z: Tensor | None, grad_log_ratio: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads = _sample_backward(grad_z, grad_log_ratio, *ctx.saved_tensors, ctx.num_samples)
+        return *(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), None, None
+
+
+class _Bound(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, log_likelihood: Tensor, log_ratio: Tensor) -> Tensor:
+        ctx.save_for_backward(log_likelihood, log_ratio)
+        return _bound(log_likelihood, log_ratio)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight = _bound_backward(grad, *ctx.saved_tensors)
+        return tuple(weight if needed else None for needed in ctx.needs_input_grad)
+
+
+# -------------------------------------------------------------------------------------------------- public
+def gaussian_sample_log_ratio(
+    mean: Tensor,
+    log_var: Tensor,
+    num_samples: int,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample z ~ q = N(mean, exp(log_var)) with gradients, and log N(z; 0, I) - log q(z) of each sample, in one pass.
+
+    For the same seed the samples are those of :func:`gaussian_sample_kl`, whose KL is the mean of minus the ratio.
+
+    Args:
+        mean: posterior means, (..., latent), float32, float64, bfloat16 or float16.
+        log_var: log of the posterior variances, like `mean`; clamped to [-40, 40], no gradient outside.
+        num_samples: samples of each datum.
+        generator: source of the seed, on the device of `mean`; torch's global one if None.
+        seed: int64 tensor (1,) on the device of `mean` to use instead of drawing one.
+
+    Returns:
+        z, in `mean`'s dtype, (num_samples, ..., latent); and the log ratio in nats, summed over the latent dimensions,
+        float32 (float64 for float64 input), (num_samples, ...).
+
+    Raises:
+        TypeError, ValueError: naming the argument whose type, shape or device is wrong.
+
+    Source: Burda, Grosse & Salakhutdinov 2016, "Importance weighted autoencoders".
+    """
+    check_samples(num_samples, required=True)
+    check_log_var(mean, log_var)
+    return _Sample.apply(mean, log_var, seed_of(seed, generator, "mean", mean), num_samples)
+
+
+def importance_weighted_bound(log_likelihood: Tensor, log_ratio: Tensor) -> Tensor:
+    """Bound log p(x) from below by S samples: log 1/S sum_s p(x|z_s) p(z_s) / q(z_s|x), in nats, with gradients.
+
+    The gradient of each sample is its normalized weight. Where the bound is infinite (all samples -inf, or one +inf)
+    the weights are undefined and the gradient is 0; NaN in a datum's samples gives NaN.
+
+    Args:
+        log_likelihood: log p(x|z_s) in nats, (S, ...), float32, float64, bfloat16 or float16, S at least 1.
+        log_ratio: log p(z_s) - log q(z_s|x) in nats, like `log_likelihood`.
+
+    Returns:
+        The bound of each datum, float32 (float64 for float64 input), (...).
+
+    Raises:
+        TypeError, ValueError: naming the argument whose type, shape or device is wrong.
+
+    Source: Burda, Grosse & Salakhutdinov 2016, "Importance weighted autoencoders", eq. 8.
+    """
+    check_float("log_likelihood", log_likelihood)
+    check_like("log_ratio", log_ratio, "log_likelihood", log_likelihood)
+    if log_likelihood.dim() == 0 or log_likelihood.shape[0] == 0:
+        raise ValueError(
+            f"log_likelihood: expected shape (S, ...) with S at least 1, got {tuple(log_likelihood.shape)}"
+        )
+    if log_ratio.shape != log_likelihood.shape:
+        raise ValueError(
+            f"log_ratio: expected the shape (S, ...) of log_likelihood, {tuple(log_likelihood.shape)}, "
+            f"got {tuple(log_ratio.shape)}"
+        )
+    return _Bound.apply(log_likelihood, log_ratio)
