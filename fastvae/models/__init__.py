@@ -1,5 +1,24 @@
 """Complete models, one file each."""
 
+from fastvae.models.autoencoder import (
+    AutoEncoderOutput,
+    DenoisingAutoEncoder,
+    LinearAutoEncoder,
+    SparseAutoEncoder,
+    SparseAutoEncoderOutput,
+)
 from fastvae.models.sentence_vae import SentenceVAE, SentenceVAEOutput
+from fastvae.models.vae import IWAE, VAE, VAEOutput
 
-__all__ = ["SentenceVAE", "SentenceVAEOutput"]
+__all__ = [
+    "IWAE",
+    "VAE",
+    "AutoEncoderOutput",
+    "DenoisingAutoEncoder",
+    "LinearAutoEncoder",
+    "SentenceVAE",
+    "SentenceVAEOutput",
+    "SparseAutoEncoder",
+    "SparseAutoEncoderOutput",
+    "VAEOutput",
+]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastvae.models.evidence import check_free_bits, evaluating, free_bits_kl, importance_weighted_nll
 from fastvae.nn import GaussianHead, LSTMDecoder, LSTMEncoder
 from fastvae.nn.lstm import checked_lengths
-from fastvae.ops.gaussian import LOG_VAR_LIMIT
 
 _DECODER_STREAM = 0x5851F42D4C957F2D  # any large number: word dropout's seed is this far from the noise's
 
@@ -159,8 +156,7 @@ class SentenceVAE(nn.Module):
         Raises:
             TypeError, ValueError, IndexError: as `LSTMDecoder.forward`; ValueError for negative `free_bits`.
         """
-        if free_bits < 0:
-            raise ValueError(f"free_bits: expected at least 0 nats per dimension, got {free_bits}")
+        check_free_bits(free_bits)
         lengths = checked_lengths(tokens, lengths, self.decoder.pad_index, shortest=2)
         z, kl_per_dimension, _, _ = self.head(
             self.encoder(tokens, lengths), reduction="none", generator=generator, seed=seed
@@ -169,7 +165,7 @@ class SentenceVAE(nn.Module):
         decoder_seed = None if seed is None else seed + _DECODER_STREAM
         nll = self.decoder(tokens, z, lengths, generator=generator, seed=decoder_seed)
         kl = kl_per_dimension.sum(-1)
-        charged = kl_per_dimension.mean(0).clamp_min(free_bits).sum() if free_bits > 0 else kl.mean()
+        charged = free_bits_kl(kl_per_dimension, free_bits) if free_bits > 0 else kl.mean()
         return SentenceVAEOutput(nll.mean() + kl_weight * charged, nll, kl, lengths - 1)
 
     def encode(self, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -296,39 +292,17 @@ class SentenceVAE(nn.Module):
 
         Source: Burda et al., Importance Weighted Autoencoders (2016), equation 8.
         """
-        for name, value in (("num_samples", num_samples), ("chunk", chunk)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
         lengths = checked_lengths(tokens, lengths, self.decoder.pad_index, shortest=2)
-        log_weights = []
-        with _evaluating(self):
+        with evaluating(self):
             hidden = self.encoder(tokens, lengths)
-            for first in range(0, num_samples, chunk):
-                samples = min(chunk, num_samples - first)
-                z, _, mean, log_var = self.head(hidden, num_samples=samples, generator=generator)
-                nll = self.decoder(tokens, z, lengths)
-                ratio = _log_prior_over_posterior(z.double(), mean.double(), log_var.double())
-                log_weights.append(ratio - nll)
-        return math.log(num_samples) - torch.cat(log_weights).logsumexp(0)
+
+            def draw(samples: int) -> tuple[Tensor, Tensor]:
+                z, log_ratio, _ = self.head.weighted_samples(hidden, samples, generator=generator)
+                return -self.decoder(tokens, z, lengths), log_ratio
+
+            return importance_weighted_nll(draw, num_samples, chunk)
 
     @torch.no_grad()
     def _posterior_mean(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
-        with _evaluating(self):
+        with evaluating(self):
             return self.encode(tokens, lengths)[0]
-
-
-def _log_prior_over_posterior(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """log N(z; 0, I) - log N(z; mean, exp(log_var)), summed over the last dimension."""
-    log_var = log_var.clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT)
-    return 0.5 * (log_var + (z - mean).square() * torch.exp(-log_var) - z.square()).sum(-1)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
