@@ -5,4 +5,4 @@ import os
 # Read when torch is imported: the profiler would announce each start and stop.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-FAMILIES = ("gaussian", "cross_entropy", "lstm", "gru", "generation", "sparse")
+FAMILIES = ("gaussian", "likelihood", "cross_entropy", "lstm", "gru", "generation", "sparse")

@@ -17,6 +17,7 @@ PTB = RESULTS / "ptb_lstm_4_epochs.json"  # written by `fastvae evaluate`
 Row = dict[str, str]
 _TITLES = {
     "gaussian": "Sampling + KL",
+    "likelihood": "Likelihood",
     "cross_entropy": "Linear + cross-entropy",
     "lstm": "LSTM",
     "gru": "GRU",

@@ -4,13 +4,13 @@
 // (20 bytes); eager makes about 10 passes each way. Work: a quarter of a Philox counter, half a logarithm, square root
 // and sine-cosine pair, one exponential: about 1.5 ns per element and core with AVX-512, so that two cores of a machine
 // with 20 GB/s are near the balance of both limits.
+#include "elementwise.h"
 #include "philox.h"
 
 namespace fastvae::FASTVAE_ISA {
 namespace {
 
 constexpr int64_t kBlock = kNoiseBlock;
-constexpr float kLogVarLimit = 40.0f;
 constexpr int64_t kGrain = 8192;  // elements a thread should get at least: some 10 us of work
 
 // exp(x) and expm1(x) for the cost of one.
@@ -25,45 +25,6 @@ FASTVAE_INLINE ExpPair exp_pair(float x) {
   return {e.scale * e.fraction + e.scale, e.scale * e.fraction + (e.scale - 1.0f)};
 }
 FASTVAE_INLINE ExpPairDouble exp_pair(double x) { return {std::exp(x), std::expm1(x)}; }
-
-template <typename C>
-FASTVAE_INLINE C clamp(C x) {
-  const C limit = C(kLogVarLimit);
-  x = x < -limit ? -limit : x;  // in this order NaN stays NaN
-  return x > limit ? limit : x;
-}
-template <typename C>
-FASTVAE_INLINE bool clamped(C x) {
-  return x < -C(kLogVarLimit) || x > C(kLogVarLimit);
-}
-
-// A block: whole rows while they fit, else a piece of one row.
-struct Block {
-  int64_t row, rows, column, columns;
-  int64_t count() const { return rows * columns; }
-};
-
-struct Blocks {
-  int64_t rows, latent, rows_per_block, pieces;
-  Blocks(int64_t rows, int64_t latent)
-      : rows(rows),
-        latent(latent),
-        rows_per_block(latent > 0 && latent <= kBlock ? kBlock / latent : 1),
-        pieces(max<int64_t>(1, (latent + kBlock - 1) / kBlock)) {}  // one even for latent = 0, whose KL is 0
-  // Blocks of one group are handled by one thread in order, which lets a row's pieces add up in one place.
-  int64_t groups() const { return (rows + rows_per_block - 1) / rows_per_block; }
-  Block block(int64_t group, int64_t piece) const {
-    const int64_t row = group * rows_per_block;
-    const int64_t column = piece * kBlock;
-    return {row, min(rows_per_block, rows - row), column, min(kBlock, latent - column)};
-  }
-};
-
-// Asks for the next block while this one is computed: a block is about a page, where the hardware's prefetch stops.
-template <typename T>
-FASTVAE_INLINE void prefetch(const T *from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);
-}
 
 // Copies the prior's part of a block into (log_var clamped) arrays as dense as the block.
 template <typename C>
@@ -86,7 +47,7 @@ void forward(const Gaussian &g, const GaussianOutputs &out) {
   const T *mean = static_cast<const T *>(g.mean), *log_var = static_cast<const T *>(g.log_var);
   T *z = static_cast<T *>(out.z);
   C *kl = static_cast<C *>(out.kl);
-  const Blocks blocks(g.rows, g.latent);
+  const Blocks blocks(g.rows, g.latent, kBlock);
   const uint64_t seed = uint64_t(*g.seed);
   const int64_t size = g.rows * g.latent;
   const int threads = threads_for(size * max<int64_t>(g.samples, 1), kGrain);
@@ -157,7 +118,7 @@ void backward(const Gaussian &g, const GaussianGradients &grad) {
   const T *grad_z = static_cast<const T *>(grad.grad_z);
   const C *grad_kl = static_cast<const C *>(grad.grad_kl);
   T *grad_mean = static_cast<T *>(grad.grad_mean), *grad_log_var = static_cast<T *>(grad.grad_log_var);
-  const Blocks blocks(g.rows, g.latent);
+  const Blocks blocks(g.rows, g.latent, kBlock);
   const uint64_t seed = uint64_t(*g.seed);
   const int64_t size = g.rows * g.latent;
   int threads = threads_for(size * max<int64_t>(g.samples, 1), kGrain);

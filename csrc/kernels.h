@@ -30,6 +30,27 @@ struct GaussianGradients {
   int64_t partials;
 };
 
+// Negative log-likelihoods summed over the features of a row. The prediction (logits or means) is (samples, targets,
+// features), the target (targets, features); nll and its gradient are (samples, targets) of the compute type.
+enum Density : int { kBernoulli = 0, kGaussianNumber = 1, kGaussianRow = 2, kGaussianFull = 3 };  // by their log_var
+constexpr int64_t kLikelihoodBlock = 1024;
+struct Likelihood {
+  Density density;
+  DType dtype, target_dtype;  // target_dtype: the same or the compute type
+  const void *prediction, *target;
+  const void *log_var;  // one number or (features) of the compute type, or as the prediction
+  int64_t samples, targets, features;
+  void *memory;  // scratch of max(features, kLikelihoodBlock) numbers of the compute type, for a shared log_var
+};
+struct LikelihoodGradients {
+  const void *grad_nll;
+  void *grad_prediction, *grad_target, *grad_log_var;  // each as what it belongs to, or null
+  // Scratch for the gradient of a shared log_var, null without: a double for each row of the prediction for a number,
+  // (partials, features) of the compute type for a row; its bits depend on `partials`, not on the threads.
+  void *partial;
+  int64_t partials;
+};
+
 // Linear layer and cross-entropy. A row's loss is the sum over its `words` targets, those equal to ignore_index left
 // out; a row without any gives zeros. losses, lse, scale and the gradients are of the compute type.
 struct CrossEntropy {
@@ -253,6 +274,8 @@ struct Kernels {
   const char *isa;
   void (*gaussian_forward)(const Gaussian &, const GaussianOutputs &);
   void (*gaussian_backward)(const Gaussian &, const GaussianGradients &);
+  bool (*likelihood_forward)(const Likelihood &, void *nll);  // whether all targets are possible
+  void (*likelihood_backward)(const Likelihood &, const LikelihoodGradients &);
   int64_t (*cross_entropy)(const CrossEntropy &);  // rows that have a target, or -1 - element of one out of range
   int64_t (*cross_entropy_workspace)(const CrossEntropy &);  // bytes
   int64_t (*pack_words)(const WordPacking &);

@@ -86,6 +86,29 @@ PYBIND11_MODULE(_C, m) {
       },
       release);
 
+  m.attr("LIKELIHOOD_BLOCK") = kLikelihoodBlock;
+  m.def(
+      "likelihood_forward",
+      [](int density, int dtype, int target_dtype, Address prediction, Address target, Address log_var, int64_t samples,
+         int64_t targets, int64_t features, Address memory, Address nll) {
+        return kernels().likelihood_forward(
+            {static_cast<Density>(density), static_cast<DType>(dtype), static_cast<DType>(target_dtype), at(prediction),
+             at(target), at(log_var), samples, targets, features, at(memory)},
+            at(nll));
+      },
+      release);
+  m.def(
+      "likelihood_backward",
+      [](int density, int dtype, int target_dtype, Address prediction, Address target, Address log_var, int64_t samples,
+         int64_t targets, int64_t features, Address memory, Address grad_nll, Address grad_prediction,
+         Address grad_target, Address grad_log_var, Address partial, int64_t partials) {
+        kernels().likelihood_backward(
+            {static_cast<Density>(density), static_cast<DType>(dtype), static_cast<DType>(target_dtype), at(prediction),
+             at(target), at(log_var), samples, targets, features, at(memory)},
+            {at(grad_nll), at(grad_prediction), at(grad_target), at(grad_log_var), at(partial), partials});
+      },
+      release);
+
   // The scratch comes from the caller, who asks with `workspace` how much it takes.
   m.def(
       "cross_entropy",

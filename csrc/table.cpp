@@ -8,6 +8,8 @@ namespace fastvae::FASTVAE_ISA {
 
 void gaussian_forward(const Gaussian &, const GaussianOutputs &);
 void gaussian_backward(const Gaussian &, const GaussianGradients &);
+bool likelihood_forward(const Likelihood &, void *nll);
+void likelihood_backward(const Likelihood &, const LikelihoodGradients &);
 int64_t cross_entropy(const CrossEntropy &);
 int64_t cross_entropy_workspace(const CrossEntropy &);
 int64_t pack_words(const WordPacking &);
@@ -32,6 +34,8 @@ const Kernels table = {
     FASTVAE_STRING(FASTVAE_ISA),
     gaussian_forward,
     gaussian_backward,
+    likelihood_forward,
+    likelihood_backward,
     cross_entropy,
     cross_entropy_workspace,
     pack_words,

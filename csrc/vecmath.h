@@ -16,9 +16,7 @@ struct ExpParts {
   float scale, fraction;
 };
 
-FASTVAE_INLINE ExpParts exp_parts(float x) {
-  x = x < -87.3f ? -87.3f : x;
-  x = x > 88.3f ? 88.3f : x;
+FASTVAE_INLINE ExpParts exp_parts_within(float x) {  // x is in that range
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
   const float shifted = x * 1.44269504f + 12582912.0f;
   const float n = shifted - 12582912.0f;
@@ -31,6 +29,11 @@ FASTVAE_INLINE ExpParts exp_parts(float x) {
   p = p * r + 5.0000001201e-1f;
   return {bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3F800000u), p * r * r + r};
 }
+FASTVAE_INLINE ExpParts exp_parts(float x) {
+  x = x < -87.3f ? -87.3f : x;
+  x = x > 88.3f ? 88.3f : x;
+  return exp_parts_within(x);
+}
 
 FASTVAE_INLINE float exp(float x) {
   const ExpParts e = exp_parts(x);
@@ -41,6 +44,13 @@ FASTVAE_INLINE float expm1(float x) {
   return e.scale * e.fraction + (e.scale - 1.0f);
 }
 FASTVAE_INLINE double exp(double x) { return std::exp(x); }
+
+// exp(-x) of x >= 0, 0 from 87 on.
+FASTVAE_INLINE float exp_of_minus(float x) {
+  const ExpParts e = exp_parts_within(-x);
+  return x > 87.0f ? 0.0f : e.scale * e.fraction + e.scale;
+}
+FASTVAE_INLINE double exp_of_minus(double x) { return std::exp(-x); }
 FASTVAE_INLINE double expm1(double x) { return std::expm1(x); }
 
 // Natural logarithm of a positive normal number; anything else, NaN included, gives a meaningless finite number.
@@ -56,6 +66,21 @@ FASTVAE_INLINE float log(float x) {
   return (f + (p * f * square + (e * -2.12194440e-4f - 0.5f * square))) + e * 0.693359375f;
 }
 FASTVAE_INLINE double log(double x) { return std::log(x); }
+
+// log(1 + x) of x in [0, 1], small ones to their last digits: x + x^2 times a minimax polynomial.
+FASTVAE_INLINE float log1p(float x) {
+  float p = -3.3184685744e-3f;
+  p = p * x + 2.0204568282e-2f;
+  p = p * x - 5.7664413005e-2f;
+  p = p * x + 1.0680552572e-1f;
+  p = p * x - 1.5355394781e-1f;
+  p = p * x + 1.9695399702e-1f;
+  p = p * x - 2.4958586693e-1f;
+  p = p * x + 3.3330512047e-1f;
+  p = p * x - 4.9999931455e-1f;
+  return p * x * x + x;
+}
+FASTVAE_INLINE double log1p(double x) { return std::log1p(x); }
 
 // Cosine and sine of an angle in [0, 1] full turns: the quarter turns to subtract are exact.
 struct CosSin {

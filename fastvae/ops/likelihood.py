@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.ops.backend import compute_dtype, first_order, register
+from fastvae.ops.backend import CORE, compute_dtype, dtype_code, first_order, kernel, large, pointer, register
 from fastvae.ops.checks import check_device, check_float
 
 LOG_VAR_LIMIT = 40.0
@@ -96,6 +96,132 @@ def _bad_target(target: Tensor) -> ValueError:
     return ValueError(f"target: expected values in [0, 1], got {target[tuple(place)].item():g} at {tuple(place)}")
 
 
+# ----------------------------------------------------------------------------------------------- C++ on CPU
+_BERNOULLI, _NUMBER, _ROW, _FULL = range(4)  # Density in csrc/kernels.h
+
+
+def _cpu_bernoulli(logits: Tensor, target: Tensor, event_dims: int) -> Tensor:
+    return _cpu_forward(logits, target, None, event_dims)
+
+
+def _cpu_bernoulli_backward(
+    grad: Tensor, logits: Tensor, target: Tensor, event_dims: int, need_logits: bool, need_target: bool
+) -> tuple[Tensor, Tensor]:
+    return _cpu_backward(grad, logits, target, None, event_dims, need_logits, need_target, False)[:2]
+
+
+def _cpu_forward(prediction: Tensor, target: Tensor, log_var: Tensor | None, event_dims: int) -> Tensor:
+    assert CORE is not None
+    prediction, target = prediction.contiguous(), target.contiguous()
+    density, log_var, memory = _cpu_log_var(prediction, log_var)
+    nll = prediction.new_empty(prediction.shape[:-event_dims], dtype=compute_dtype(prediction))
+    possible = CORE.likelihood_forward(
+        density, dtype_code(prediction), dtype_code(target), pointer(prediction), pointer(target), pointer(log_var),
+        *_sizes(prediction, target, event_dims), pointer(memory), pointer(nll),
+    )  # fmt: skip
+    if not possible:
+        raise _bad_target(target)
+    return nll
+
+
+def _cpu_backward(
+    grad: Tensor, prediction: Tensor, target: Tensor, log_var: Tensor | None, event_dims: int,
+    need_prediction: bool, need_target: bool, need_log_var: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    assert CORE is not None
+    prediction, target, grad = prediction.contiguous(), target.contiguous(), grad.contiguous()
+    density, log_var, memory = _cpu_log_var(prediction, log_var)
+    grad_prediction = large(torch.empty_like(prediction)) if need_prediction else grad.new_empty(0)
+    grad_target = large(torch.empty_like(target)) if need_target else grad.new_empty(0)
+    grad_log_var = grad.new_empty(0)
+    samples, targets, features = _sizes(prediction, target, event_dims)
+    partial, partials = None, 1
+    if need_log_var and log_var is not None:
+        grad_log_var = large(torch.empty_like(log_var))
+        if density == _NUMBER:
+            partial = grad.new_empty(samples * targets, dtype=torch.float64)
+        elif density == _ROW:
+            # Sums over fixed parts of the rows: enough for the threads, little memory beside the prediction.
+            partials = max(1, min(64, samples * targets // 8))
+            partial = grad.new_empty((partials, features))
+    CORE.likelihood_backward(
+        density, dtype_code(prediction), dtype_code(target), pointer(prediction), pointer(target), pointer(log_var),
+        samples, targets, features, pointer(memory), pointer(grad), pointer(grad_prediction), pointer(grad_target),
+        pointer(grad_log_var), pointer(partial), partials,
+    )  # fmt: skip
+    return grad_prediction, grad_target, grad_log_var
+
+
+def _cpu_log_var(prediction: Tensor, log_var: Tensor | None) -> tuple[int, Tensor | None, Tensor | None]:
+    """Return the density's number, log_var in order, and the scratch that a shared one takes."""
+    if log_var is None:
+        return _BERNOULLI, None, None
+    if log_var.shape == prediction.shape:
+        return _FULL, log_var.contiguous(), None
+    memory = log_var.new_empty(max(log_var.numel(), CORE.LIKELIHOOD_BLOCK))  # type: ignore[union-attr]
+    return _ROW if log_var.dim() else _NUMBER, log_var.contiguous(), memory
+
+
+def _sizes(prediction: Tensor, target: Tensor, event_dims: int) -> tuple[int, int, int]:
+    """Return the numbers of samples, of targets and of features of each."""
+    samples = prediction.shape[: prediction.dim() - target.dim()].numel()
+    return samples, target.shape[:-event_dims].numel(), target.shape[-event_dims:].numel()
+
+
+# -------------------------------------------------------------------------------------------- Triton on CUDA
+_triton_bernoulli = kernel("likelihood", "bernoulli_forward")
+_triton_bernoulli_backward = kernel("likelihood", "bernoulli_backward")
+_triton_gaussian = kernel("likelihood", "gaussian_forward")
+_triton_gaussian_backward = kernel("likelihood", "gaussian_backward")
+
+
+def _cuda_bernoulli(logits: Tensor, target: Tensor, event_dims: int) -> Tensor:
+    if logits.dtype == torch.float64:
+        return reference_bernoulli(logits, target, event_dims)
+    nll = _triton_bernoulli(*_matrices(logits, target, None, event_dims)[:2])
+    return nll.reshape(logits.shape[:-event_dims])
+
+
+def _cuda_bernoulli_backward(
+    grad: Tensor, logits: Tensor, target: Tensor, event_dims: int, need_logits: bool, need_target: bool
+) -> tuple[Tensor, Tensor]:
+    if logits.dtype == torch.float64:
+        return reference_bernoulli_backward(grad, logits, target, event_dims, need_logits, need_target)
+    matrices = _matrices(logits, target, None, event_dims)[:2]
+    grads = _triton_bernoulli_backward(grad.contiguous(), *matrices, need_logits, need_target)
+    return _shaped(grads[0], logits), _shaped(grads[1], target)
+
+
+def _cuda_gaussian(mean: Tensor, target: Tensor, log_var: Tensor, event_dims: int) -> Tensor:
+    if mean.dtype == torch.float64:
+        return reference_gaussian(mean, target, log_var, event_dims)
+    return _triton_gaussian(*_matrices(mean, target, log_var, event_dims)).reshape(mean.shape[:-event_dims])
+
+
+def _cuda_gaussian_backward(
+    grad: Tensor, mean: Tensor, target: Tensor, log_var: Tensor, event_dims: int,
+    need_mean: bool, need_target: bool, need_log_var: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    needed = need_mean, need_target, need_log_var
+    if mean.dtype == torch.float64:
+        return reference_gaussian_backward(grad, mean, target, log_var, event_dims, *needed)
+    grads = _triton_gaussian_backward(grad.contiguous(), *_matrices(mean, target, log_var, event_dims), *needed)
+    return _shaped(grads[0], mean), _shaped(grads[1], target), _shaped(grads[2], log_var)
+
+
+def _matrices(prediction: Tensor, target: Tensor, log_var: Tensor | None, event_dims: int) -> tuple[Any, ...]:
+    """Return (samples, targets, features), (targets, features) and (), (features,) or as the first."""
+    shape = _sizes(prediction, target, event_dims)
+    if log_var is not None:
+        flat = shape if log_var.shape == prediction.shape else shape[3 - min(log_var.dim(), 1) :]
+        log_var = log_var.contiguous().reshape(flat)
+    return prediction.contiguous().reshape(shape), target.contiguous().reshape(shape[1:]), log_var
+
+
+def _shaped(grad: Tensor | None, tensor: Tensor) -> Tensor:
+    return tensor.new_empty(0) if grad is None else grad.reshape(tensor.shape)
+
+
 # ------------------------------------------------------------------------------------------ schema, autograd
 def _fake_bernoulli(logits: Tensor, target: Tensor, event_dims: int) -> Tensor:
     return logits.new_empty(logits.shape[: logits.dim() - event_dims], dtype=compute_dtype(logits))
@@ -125,31 +251,31 @@ _bernoulli = register(
     "bernoulli_nll(Tensor logits, Tensor target, int event_dims) -> Tensor",
     reference=reference_bernoulli,
     fake=_fake_bernoulli,
-    cpu=reference_bernoulli,
-    cuda=None,
+    cpu=_cpu_bernoulli,
+    cuda=_cuda_bernoulli,
 )
 _bernoulli_backward = register(
     "bernoulli_nll_backward(Tensor grad, Tensor logits, Tensor target, int event_dims, "
     "bool need_logits, bool need_target) -> (Tensor, Tensor)",
     reference=reference_bernoulli_backward,
     fake=_fake_bernoulli_backward,
-    cpu=reference_bernoulli_backward,
-    cuda=None,
+    cpu=_cpu_bernoulli_backward,
+    cuda=_cuda_bernoulli_backward,
 )
 _gaussian = register(
     "gaussian_nll(Tensor mean, Tensor target, Tensor log_var, int event_dims) -> Tensor",
     reference=reference_gaussian,
     fake=_fake_gaussian,
-    cpu=reference_gaussian,
-    cuda=None,
+    cpu=_cpu_forward,
+    cuda=_cuda_gaussian,
 )
 _gaussian_backward = register(
     "gaussian_nll_backward(Tensor grad, Tensor mean, Tensor target, Tensor log_var, int event_dims, "
     "bool need_mean, bool need_target, bool need_log_var) -> (Tensor, Tensor, Tensor)",
     reference=reference_gaussian_backward,
     fake=_fake_gaussian_backward,
-    cpu=reference_gaussian_backward,
-    cuda=None,
+    cpu=_cpu_backward,
+    cuda=_cuda_gaussian_backward,
 )
 
 
@@ -226,8 +352,10 @@ def gaussian_nll(mean: Tensor, target: Tensor, log_var: Tensor | float, *, event
     if isinstance(log_var, Tensor):
         check_float("log_var", log_var)
         check_device("log_var", log_var, "mean", mean)
-    else:
+    elif isinstance(log_var, float | int):
         log_var = mean.new_full((), log_var, dtype=compute)
+    else:
+        raise TypeError(f"log_var: expected a number or a tensor, got {type(log_var).__name__}")
     if log_var.shape not in ((), mean.shape[mean.dim() - event_dims :], mean.shape):
         raise ValueError(
             f"log_var: expected a number or shape (), event = {tuple(mean.shape[mean.dim() - event_dims :])} or that "

@@ -40,7 +40,7 @@ extern const Kernels table;
 namespace {
 
 // A new entry point needs a case here.
-static_assert(sizeof(Kernels) == 21 * sizeof(void *), "an entry point that is not fuzzed");
+static_assert(sizeof(Kernels) == 23 * sizeof(void *), "an entry point that is not fuzzed");
 
 // ------------------------------------------------------------------------------------------- the case at hand
 std::string current;  // what to do to see this case alone, and its sizes
@@ -324,6 +324,42 @@ void fuzz_gaussian(Case &c) {
     results.push_back({"grad_log_var", std::move(grad_log_var), true, tolerance});
     // A prior shared by all rows has one partial sum a thread.
     results.push_back({"grad_prior", std::move(sums), prior_rows != 1, prior_rows == 1 ? 1e-3 : tolerance});
+  });
+}
+
+void fuzz_likelihood(Case &c) {
+  Random &r = c.random;
+  const Kind kind = Kind(r.below(4)), compute = kind == kF64 ? kF64 : kF32, target_kind = r.one_in(2) ? kind : compute;
+  const Density density = Density(r.below(4));
+  const bool large = r.one_in(3);  // enough for four threads
+  const int64_t features = large && r.one_in(3) ? r.between(1000, 3000) : r.size(130), samples = r.below(4);
+  const int64_t targets = large && features > 0 ? r.between(8192, 40000) / features : r.size(70);
+  const int64_t rows = samples * targets, size = rows * features;
+  const bool number = density == kGaussianNumber, row = density == kGaussianRow, full = density == kGaussianFull;
+  const bool need_target = r.one_in(2), need_prediction = !r.one_in(4),
+             need_log_var = density != kBernoulli && r.one_in(2);
+  const int64_t log_vars = number ? 1 : row ? features : full ? size : 0, partials = r.between(1, 7);
+  c.describe("dtype target density samples targets features partials", kind, target_kind, density, samples, targets,
+             features, partials);
+  const Array prediction = c.reals(kind, size, -5, 5), target = c.reals(target_kind, targets * features, 0, 1);
+  const Array log_var = c.reals(full ? kind : compute, log_vars, -3, 3), grad = c.reals(compute, rows, -1, 1);
+  const double tolerance = tolerance_of(kind) * (kind == kBF16 || kind == kF16 ? 1 : 10);
+  c.run([&](const Kernels &k, int, Results &results) {
+    const Array memory(compute, number || row ? features > kLikelihoodBlock ? features : kLikelihoodBlock : 0);
+    const Likelihood p{density, DType(kind), DType(target_kind), prediction, target, log_var,
+                       samples, targets,     features,           memory};
+    Array nll(compute, rows);
+    const bool possible = k.likelihood_forward(p, nll);
+    if (!possible && !c.wild) fail("targets in [0, 1] are refused");
+    Array grad_prediction(kind, need_prediction ? size : 0), grad_log_var(log_var.kind, need_log_var ? log_vars : 0);
+    Array grad_target(target_kind, need_target ? targets * features : 0);
+    const Array partial(number ? kF64 : compute, !need_log_var ? 0 : number ? rows : row ? partials * features : 0);
+    k.likelihood_backward(p, {grad, grad_prediction, grad_target, grad_log_var, partial, partials});
+    // A sum of a column takes the order of the samples too, which `need_target` changes but the threads do not.
+    results.push_back({"nll", std::move(nll), true, 1e-5});
+    results.push_back({"grad_prediction", std::move(grad_prediction), true, tolerance});
+    results.push_back({"grad_target", std::move(grad_target), true, tolerance});
+    results.push_back({"grad_log_var", std::move(grad_log_var), true, full ? tolerance : 1e-3});
   });
 }
 
@@ -937,6 +973,7 @@ struct Entry {
   void (*fuzz)(Case &);
 };
 const Entry kEntries[] = {{"gaussian", fuzz_gaussian},
+                          {"likelihood", fuzz_likelihood},
                           {"cross_entropy", fuzz_cross_entropy},
                           {"pack_words", fuzz_pack_words},
                           {"lstm", fuzz_lstm},

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastvae.kernels import cross_entropy, gaussian, gru, lstm, sparse
+from fastvae.kernels import cross_entropy, gaussian, gru, likelihood, lstm, sparse
 
 ARCHITECTURES = (80, 90)
 TABLE = Path(__file__).parents[2] / "kernels" / "RESOURCES.md"
@@ -144,6 +144,17 @@ def _gaussian(sizes: _Sizes, dtype: torch.dtype, latent: int, prior: str = "none
     gaussian.sample_kl_backward(grad_z, grad_kl, mean, mean, *priors, seed, True)
 
 
+def _likelihood(sizes: _Sizes, dtype: torch.dtype, features: int, log_var: tuple[int, ...] | None) -> None:
+    prediction, target = _tensor(2, sizes.rows, features, dtype=dtype), _tensor(sizes.rows, features, dtype=dtype)
+    nll = _tensor(2, sizes.rows)
+    if log_var is None:
+        likelihood.bernoulli_forward(prediction, target)
+        likelihood.bernoulli_backward(nll, prediction, target, True, False)
+        return
+    likelihood.gaussian_forward(prediction, target, _tensor(*log_var))
+    likelihood.gaussian_backward(nll, prediction, target, _tensor(*log_var), True, False, True)
+
+
 def _cross_entropy(sizes: _Sizes, dtype: torch.dtype, label_smoothing: float = 0.0) -> None:
     hidden = _tensor(sizes.rows, 256, dtype=dtype)
     weight, bias = _tensor(10000, 256, dtype=dtype), _tensor(10000, dtype=dtype)
@@ -198,6 +209,10 @@ _CASES: dict[str, Callable[[_Sizes], None]] = {
     "float32, latent 33": lambda n: _gaussian(n, torch.float32, 33),
     "bfloat16, latent 128, shared prior": lambda n: _gaussian(n, torch.bfloat16, 128, "shared"),
     "float32, latent 2048, full prior": lambda n: _gaussian(n, torch.float32, 2048, "full"),
+    "Bernoulli in float32": lambda n: _likelihood(n, torch.float32, 784, None),
+    "Bernoulli in bfloat16": lambda n: _likelihood(n, torch.bfloat16, 784, None),
+    "Gaussian, one log_var": lambda n: _likelihood(n, torch.float32, 784, ()),
+    "Gaussian, a log_var for each of 33": lambda n: _likelihood(n, torch.bfloat16, 33, (33,)),
     "logits in float32": lambda n: _cross_entropy(n, torch.float32),
     "logits in TF32": lambda n: _tf32(_cross_entropy, n),
     "logits in bfloat16": lambda n: _cross_entropy(n, torch.bfloat16),
