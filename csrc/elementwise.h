@@ -18,6 +18,15 @@ FASTVAE_INLINE bool clamped(C x) {
   return x < -C(kLogVarLimit) || x > C(kLogVarLimit);
 }
 
+// Rows to compute at once, at most `most`: their number a multiple of four, so that threads share them evenly, unless
+// less than 256 elements, a few counters of the noise at once, would be left in each.
+FASTVAE_INLINE int64_t even_rows(int64_t rows, int64_t width, int64_t most) {
+  most = max<int64_t>(most, 1);
+  const int64_t blocks = ((rows + most - 1) / most + 3) / 4 * 4;
+  const int64_t even = blocks > 0 ? (rows + blocks - 1) / blocks : 1, least = 256 / max<int64_t>(width, 1);
+  return min(most, max<int64_t>(max(even, least), 1));
+}
+
 // A block: whole rows while they fit, else a piece of one row.
 struct Block {
   int64_t row, rows, column, columns;
@@ -30,7 +39,7 @@ struct Blocks {
       : rows(rows),
         width(width),
         size(size),
-        rows_per_block(width > 0 && width <= size ? size / width : 1),
+        rows_per_block(even_rows(rows, width, width > 0 ? size / width : 1)),
         pieces(max<int64_t>(1, (width + size - 1) / size)) {}  // one even for rows without elements, whose sum is 0
   // Blocks of one group are handled by one thread in order, which lets a row's pieces add up in one place.
   int64_t groups() const { return (rows + rows_per_block - 1) / rows_per_block; }

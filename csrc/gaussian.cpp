@@ -4,27 +4,10 @@
 // (20 bytes); eager makes about 10 passes each way. Work: a quarter of a Philox counter, half a logarithm, square root
 // and sine-cosine pair, one exponential: about 1.5 ns per element and core with AVX-512, so that two cores of a machine
 // with 20 GB/s are near the balance of both limits.
-#include "elementwise.h"
-#include "philox.h"
+#include "gaussian.h"
 
 namespace fastvae::FASTVAE_ISA {
 namespace {
-
-constexpr int64_t kBlock = kNoiseBlock;
-constexpr int64_t kGrain = 8192;  // elements a thread should get at least: some 10 us of work
-
-// exp(x) and expm1(x) for the cost of one.
-struct ExpPair {
-  float exp, expm1;
-};
-struct ExpPairDouble {
-  double exp, expm1;
-};
-FASTVAE_INLINE ExpPair exp_pair(float x) {
-  const ExpParts e = exp_parts(x);
-  return {e.scale * e.fraction + e.scale, e.scale * e.fraction + (e.scale - 1.0f)};
-}
-FASTVAE_INLINE ExpPairDouble exp_pair(double x) { return {std::exp(x), std::expm1(x)}; }
 
 // Copies the prior's part of a block into (log_var clamped) arrays as dense as the block.
 template <typename C>

@@ -51,6 +51,39 @@ struct LikelihoodGradients {
   int64_t partials;
 };
 
+// The same with a full covariance; its gradients and KL have no null inputs but grad_z and grad_kl, which mean zero.
+struct FullGaussian {
+  DType dtype;
+  const void *mean, *log_diagonal, *lower;  // (rows, latent) twice, (rows, latent (latent - 1) / 2); latent <= 1024
+  const int64_t *seed;
+  int64_t samples, rows, latent;
+};
+struct FullGaussianGradients {
+  const void *grad_z, *grad_kl;
+  void *grad_mean, *grad_log_diagonal, *grad_lower;
+};
+
+// Gaussian samples with log N(z; 0, I) - log q(z), and the importance-weighted bound. z and grad_z: (samples, rows,
+// latent) of `dtype`; log_ratio and its gradient: (samples, rows) of the compute type. A null gradient means zero.
+struct LogRatio {
+  DType dtype;
+  const void *mean, *log_var;  // (rows, latent)
+  const int64_t *seed;
+  int64_t samples, rows, latent;
+};
+struct LogRatioOutputs {
+  void *z, *log_ratio;
+};
+struct LogRatioGradients {
+  const void *grad_z, *grad_log_ratio;
+  void *grad_mean, *grad_log_var;
+};
+struct ImportanceBound {
+  DType dtype;
+  const void *log_likelihood, *log_ratio;  // (samples, rows)
+  int64_t samples, rows;
+};
+
 // Linear layer and cross-entropy. A row's loss is the sum over its `words` targets, those equal to ignore_index left
 // out; a row without any gives zeros. losses, lse, scale and the gradients are of the compute type.
 struct CrossEntropy {
@@ -274,6 +307,12 @@ struct Kernels {
   const char *isa;
   void (*gaussian_forward)(const Gaussian &, const GaussianOutputs &);
   void (*gaussian_backward)(const Gaussian &, const GaussianGradients &);
+  void (*full_gaussian_forward)(const FullGaussian &, const GaussianOutputs &);
+  void (*full_gaussian_backward)(const FullGaussian &, const FullGaussianGradients &);
+  void (*log_ratio_forward)(const LogRatio &, const LogRatioOutputs &);
+  void (*log_ratio_backward)(const LogRatio &, const LogRatioGradients &);
+  void (*importance_bound_forward)(const ImportanceBound &, void *bound);  // (rows) of the compute type
+  void (*importance_bound_backward)(const ImportanceBound &, const void *grad_bound, void *grad);  // like one input
   bool (*likelihood_forward)(const Likelihood &, void *nll);  // whether all targets are possible
   void (*likelihood_backward)(const Likelihood &, const LikelihoodGradients &);
   int64_t (*cross_entropy)(const CrossEntropy &);  // rows that have a target, or -1 - element of one out of range

@@ -109,6 +109,60 @@ PYBIND11_MODULE(_C, m) {
       },
       release);
 
+  m.def(
+      "full_gaussian_forward",
+      [](int dtype, Address mean, Address log_diagonal, Address lower, Address seed, Address z, Address kl,
+         int64_t samples, int64_t rows, int64_t latent) {
+        kernels().full_gaussian_forward(
+            {static_cast<DType>(dtype), at(mean), at(log_diagonal), at(lower), integers(seed), samples, rows, latent},
+            {at(z), at(kl)});
+      },
+      release);
+  m.def(
+      "full_gaussian_backward",
+      [](int dtype, Address grad_z, Address grad_kl, Address mean, Address log_diagonal, Address lower, Address seed,
+         Address grad_mean, Address grad_log_diagonal, Address grad_lower, int64_t samples, int64_t rows,
+         int64_t latent) {
+        kernels().full_gaussian_backward(
+            {static_cast<DType>(dtype), at(mean), at(log_diagonal), at(lower), integers(seed), samples, rows, latent},
+            {at(grad_z), at(grad_kl), at(grad_mean), at(grad_log_diagonal), at(grad_lower)});
+      },
+      release);
+
+  m.def(
+      "log_ratio_forward",
+      [](int dtype, Address mean, Address log_var, Address seed, Address z, Address log_ratio, int64_t samples,
+         int64_t rows, int64_t latent) {
+        kernels().log_ratio_forward(
+            {static_cast<DType>(dtype), at(mean), at(log_var), integers(seed), samples, rows, latent},
+            {at(z), at(log_ratio)});
+      },
+      release);
+  m.def(
+      "log_ratio_backward",
+      [](int dtype, Address grad_z, Address grad_log_ratio, Address mean, Address log_var, Address seed,
+         Address grad_mean, Address grad_log_var, int64_t samples, int64_t rows, int64_t latent) {
+        kernels().log_ratio_backward(
+            {static_cast<DType>(dtype), at(mean), at(log_var), integers(seed), samples, rows, latent},
+            {at(grad_z), at(grad_log_ratio), at(grad_mean), at(grad_log_var)});
+      },
+      release);
+  m.def(
+      "importance_bound_forward",
+      [](int dtype, Address log_likelihood, Address log_ratio, Address bound, int64_t samples, int64_t rows) {
+        kernels().importance_bound_forward(
+            {static_cast<DType>(dtype), at(log_likelihood), at(log_ratio), samples, rows}, at(bound));
+      },
+      release);
+  m.def(
+      "importance_bound_backward",
+      [](int dtype, Address grad_bound, Address log_likelihood, Address log_ratio, Address grad, int64_t samples,
+         int64_t rows) {
+        kernels().importance_bound_backward(
+            {static_cast<DType>(dtype), at(log_likelihood), at(log_ratio), samples, rows}, at(grad_bound), at(grad));
+      },
+      release);
+
   // The scratch comes from the caller, who asks with `workspace` how much it takes.
   m.def(
       "cross_entropy",

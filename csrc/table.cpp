@@ -10,6 +10,12 @@ void gaussian_forward(const Gaussian &, const GaussianOutputs &);
 void gaussian_backward(const Gaussian &, const GaussianGradients &);
 bool likelihood_forward(const Likelihood &, void *nll);
 void likelihood_backward(const Likelihood &, const LikelihoodGradients &);
+void full_gaussian_forward(const FullGaussian &, const GaussianOutputs &);
+void full_gaussian_backward(const FullGaussian &, const FullGaussianGradients &);
+void log_ratio_forward(const LogRatio &, const LogRatioOutputs &);
+void log_ratio_backward(const LogRatio &, const LogRatioGradients &);
+void importance_bound_forward(const ImportanceBound &, void *bound);
+void importance_bound_backward(const ImportanceBound &, const void *grad_bound, void *grad);
 int64_t cross_entropy(const CrossEntropy &);
 int64_t cross_entropy_workspace(const CrossEntropy &);
 int64_t pack_words(const WordPacking &);
@@ -34,6 +40,12 @@ const Kernels table = {
     FASTVAE_STRING(FASTVAE_ISA),
     gaussian_forward,
     gaussian_backward,
+    full_gaussian_forward,
+    full_gaussian_backward,
+    log_ratio_forward,
+    log_ratio_backward,
+    importance_bound_forward,
+    importance_bound_backward,
     likelihood_forward,
     likelihood_backward,
     cross_entropy,

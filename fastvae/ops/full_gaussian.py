@@ -9,17 +9,19 @@ backward pass. ``log_diagonal`` is clamped to [-20, 20], the standard deviations
 no gradient outside. Source: Kingma & Welling 2019, "An introduction to variational autoencoders", section 2.5.1.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvae.ops.backend import compute_dtype, first_order, recording, register
+from fastvae.ops.backend import CORE, compute_dtype, dtype_code, first_order, large, pointer, recording, register
 from fastvae.ops.checks import check_float, check_like, check_samples
 from fastvae.ops.gaussian import LOG_VAR_LIMIT, noise_like, z_shape
 from fastvae.ops.random import seed_of
 
 LOG_DIAGONAL_LIMIT = LOG_VAR_LIMIT / 2
+MAX_LATENT = 1024  # a row of noise is made at once; its factor has half a million numbers
 
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -54,6 +56,43 @@ def reference_sample_kl_backward(
     return grad_mean, grad_log_diagonal, grad_lower
 
 
+# ----------------------------------------------------------------------------------------------- C++ on CPU
+def _cpu_sample_kl(
+    mean: Tensor, log_diagonal: Tensor, lower: Tensor, seed: Tensor, num_samples: int | None
+) -> tuple[Tensor, Tensor]:
+    assert CORE is not None
+    mean, log_diagonal, lower = mean.contiguous(), log_diagonal.contiguous(), lower.contiguous()
+    z = large(mean.new_empty(z_shape(mean, num_samples)))
+    kl = mean.new_empty(mean.shape[:-1], dtype=compute_dtype(mean))
+    CORE.full_gaussian_forward(
+        dtype_code(mean), pointer(mean), pointer(log_diagonal), pointer(lower), pointer(seed), pointer(z), pointer(kl),
+        1 if num_samples is None else num_samples, kl.numel(), mean.shape[-1],
+    )  # fmt: skip
+    return z, kl
+
+
+def _cpu_sample_kl_backward(
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    mean: Tensor,
+    log_diagonal: Tensor,
+    lower: Tensor,
+    seed: Tensor,
+    num_samples: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    assert CORE is not None
+    mean, log_diagonal, lower = mean.contiguous(), log_diagonal.contiguous(), lower.contiguous()
+    grad_z = None if grad_z is None else grad_z.contiguous()
+    grad_kl = None if grad_kl is None else grad_kl.contiguous()
+    grads = torch.empty_like(mean), torch.empty_like(log_diagonal), large(torch.empty_like(lower))
+    CORE.full_gaussian_backward(
+        dtype_code(mean), pointer(grad_z), pointer(grad_kl), pointer(mean), pointer(log_diagonal), pointer(lower),
+        pointer(seed), *map(pointer, grads), 1 if num_samples is None else num_samples,
+        math.prod(mean.shape[:-1]), mean.shape[-1],
+    )  # fmt: skip
+    return grads
+
+
 # ------------------------------------------------------------------------------------------ schema, autograd
 def _fake_sample_kl(mean: Tensor, log_diagonal: Tensor, lower: Tensor, seed: Tensor,
                     num_samples: int | None) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -70,7 +109,7 @@ _sample_kl = register(
     "-> (Tensor, Tensor)",
     reference=reference_sample_kl,
     fake=_fake_sample_kl,
-    cpu=None,
+    cpu=_cpu_sample_kl,
     cuda=None,
 )
 _sample_kl_backward = register(
@@ -78,7 +117,7 @@ _sample_kl_backward = register(
     "Tensor lower, Tensor seed, SymInt? num_samples) -> (Tensor, Tensor, Tensor)",
     reference=reference_sample_kl_backward,
     fake=_fake_sample_kl_backward,
-    cpu=None,
+    cpu=_cpu_sample_kl_backward,
     cuda=None,
 )
 
@@ -114,7 +153,7 @@ def full_gaussian_sample_kl(
     With `lower` = 0 and `log_diagonal` = log_var / 2 this is :func:`gaussian_sample_kl`, its noise included.
 
     Args:
-        mean: posterior means, (..., latent), float32, float64, bfloat16 or float16.
+        mean: posterior means, (..., latent), float32, float64, bfloat16 or float16; latent at most 1024.
         log_diagonal: log of L's diagonal, like `mean`; clamped to [-20, 20], no gradient outside.
         lower: L below its diagonal, row by row, (..., latent * (latent - 1) / 2), in `mean`'s dtype.
         num_samples: draw this many samples of each datum; None draws one and adds no dimension.
@@ -138,6 +177,8 @@ def full_gaussian_sample_kl(
             f"log_diagonal: expected the shape (..., latent) of mean, {tuple(mean.shape)}, "
             f"got {tuple(log_diagonal.shape)}"
         )
+    if mean.shape[-1] > MAX_LATENT:
+        raise ValueError(f"mean: expected at most {MAX_LATENT} latent dimensions, got {mean.shape[-1]}")
     _check_lower(lower, "mean", mean)
     return _SampleKL.apply(mean, log_diagonal, lower, seed_of(seed, generator, "mean", mean), num_samples)
 

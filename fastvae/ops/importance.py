@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.ops.backend import compute_dtype, first_order, recording, register
+from fastvae.ops.backend import CORE, compute_dtype, dtype_code, first_order, large, pointer, recording, register
 from fastvae.ops.checks import check_float, check_like, check_samples
 from fastvae.ops.gaussian import LOG_VAR_LIMIT, check_log_var, noise_like, z_shape
 from fastvae.ops.random import seed_of
@@ -57,6 +57,56 @@ def reference_bound_backward(grad: Tensor, log_likelihood: Tensor, log_ratio: Te
     return (grad * weight).to(log_likelihood.dtype)
 
 
+# ----------------------------------------------------------------------------------------------- C++ on CPU
+def _cpu_sample(mean: Tensor, log_var: Tensor, seed: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+    assert CORE is not None
+    mean, log_var = mean.contiguous(), log_var.contiguous()
+    z = large(mean.new_empty(z_shape(mean, num_samples)))
+    log_ratio = large(mean.new_empty(z.shape[:-1], dtype=compute_dtype(mean)))
+    CORE.log_ratio_forward(
+        dtype_code(mean), pointer(mean), pointer(log_var), pointer(seed), pointer(z), pointer(log_ratio),
+        num_samples, math.prod(mean.shape[:-1]), mean.shape[-1],
+    )  # fmt: skip
+    return z, log_ratio
+
+
+def _cpu_sample_backward(
+    grad_z: Tensor | None, grad_log_ratio: Tensor | None, mean: Tensor, log_var: Tensor, seed: Tensor, num_samples: int
+) -> tuple[Tensor, Tensor]:
+    assert CORE is not None
+    mean, log_var = mean.contiguous(), log_var.contiguous()
+    grad_z = None if grad_z is None else grad_z.contiguous()
+    grad_log_ratio = None if grad_log_ratio is None else grad_log_ratio.contiguous()
+    grad_mean, grad_log_var = torch.empty_like(mean), torch.empty_like(log_var)
+    CORE.log_ratio_backward(
+        dtype_code(mean), pointer(grad_z), pointer(grad_log_ratio), pointer(mean), pointer(log_var), pointer(seed),
+        pointer(grad_mean), pointer(grad_log_var), num_samples, math.prod(mean.shape[:-1]), mean.shape[-1],
+    )  # fmt: skip
+    return grad_mean, grad_log_var
+
+
+def _cpu_bound(log_likelihood: Tensor, log_ratio: Tensor) -> Tensor:
+    assert CORE is not None
+    log_likelihood, log_ratio = log_likelihood.contiguous(), log_ratio.contiguous()
+    bound = log_ratio.new_empty(log_ratio.shape[1:], dtype=compute_dtype(log_ratio))
+    CORE.importance_bound_forward(
+        dtype_code(log_ratio), pointer(log_likelihood), pointer(log_ratio), pointer(bound), len(log_ratio),
+        bound.numel(),
+    )  # fmt: skip
+    return bound
+
+
+def _cpu_bound_backward(grad: Tensor, log_likelihood: Tensor, log_ratio: Tensor) -> Tensor:
+    assert CORE is not None
+    grad, log_likelihood, log_ratio = grad.contiguous(), log_likelihood.contiguous(), log_ratio.contiguous()
+    shares = large(torch.empty_like(log_ratio))
+    CORE.importance_bound_backward(
+        dtype_code(log_ratio), pointer(grad), pointer(log_likelihood), pointer(log_ratio), pointer(shares),
+        len(log_ratio), grad.numel(),
+    )  # fmt: skip
+    return shares
+
+
 # ------------------------------------------------------------------------------------------ schema, autograd
 def _fake_sample(mean: Tensor, log_var: Tensor, seed: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
     z = z_shape(mean, num_samples)
@@ -67,7 +117,7 @@ _sample = register(
     "gaussian_sample_log_ratio(Tensor mean, Tensor log_var, Tensor seed, SymInt num_samples) -> (Tensor, Tensor)",
     reference=reference_sample,
     fake=_fake_sample,
-    cpu=None,
+    cpu=_cpu_sample,
     cuda=None,
 )
 _sample_backward = register(
@@ -75,7 +125,7 @@ _sample_backward = register(
     "Tensor seed, SymInt num_samples) -> (Tensor, Tensor)",
     reference=reference_sample_backward,
     fake=lambda grad_z, grad_log_ratio, mean, *_: (mean.new_empty(mean.shape), mean.new_empty(mean.shape)),
-    cpu=None,
+    cpu=_cpu_sample_backward,
     cuda=None,
 )
 _bound = register(
@@ -84,14 +134,14 @@ _bound = register(
     fake=lambda log_likelihood, _: log_likelihood.new_empty(
         log_likelihood.shape[1:], dtype=compute_dtype(log_likelihood)
     ),
-    cpu=None,
+    cpu=_cpu_bound,
     cuda=None,
 )
 _bound_backward = register(
     "importance_weighted_bound_backward(Tensor grad, Tensor log_likelihood, Tensor log_ratio) -> Tensor",
     reference=reference_bound_backward,
     fake=lambda grad, log_likelihood, _: log_likelihood.new_empty(log_likelihood.shape),
-    cpu=None,
+    cpu=_cpu_bound_backward,
     cuda=None,
 )
 

@@ -40,7 +40,7 @@ extern const Kernels table;
 namespace {
 
 // A new entry point needs a case here.
-static_assert(sizeof(Kernels) == 23 * sizeof(void *), "an entry point that is not fuzzed");
+static_assert(sizeof(Kernels) == 29 * sizeof(void *), "an entry point that is not fuzzed");
 
 // ------------------------------------------------------------------------------------------- the case at hand
 std::string current;  // what to do to see this case alone, and its sizes
@@ -360,6 +360,82 @@ void fuzz_likelihood(Case &c) {
     results.push_back({"grad_prediction", std::move(grad_prediction), true, tolerance});
     results.push_back({"grad_target", std::move(grad_target), true, tolerance});
     results.push_back({"grad_log_var", std::move(grad_log_var), true, full ? tolerance : 1e-3});
+  });
+}
+
+void fuzz_full_gaussian(Case &c) {
+  Random &r = c.random;
+  const Kind kind = Kind(r.below(4)), compute = kind == kF64 ? kF64 : kF32;
+  const bool large = r.one_in(3);  // enough for four threads
+  const int64_t latent = r.one_in(40) ? r.between(1000, 1024) : r.size(large ? 200 : 40),
+                below = latent * (latent - 1) / 2;
+  const int64_t rows = large && latent > 0 ? 1 + r.between(30'000, 120'000) / (latent * latent) : r.size(20);
+  const int64_t samples = r.below(large ? 3 : 5), size = rows * latent;
+  const bool has_grad_z = !r.one_in(4), has_grad_kl = !r.one_in(4);
+  c.describe("dtype samples rows latent grad_z grad_kl", kind, samples, rows, latent, has_grad_z, has_grad_kl);
+  const double bound = 1 / std::sqrt(double(latent) + 1);
+  const Array mean = c.reals(kind, size, -3, 3), log_diagonal = c.reals(kind, size, -2, 1), seed = c.seed();
+  const Array lower = c.reals(kind, rows * below, -bound, bound);
+  const Array grad_z = c.reals(kind, has_grad_z ? samples * size : 0, -1, 1);
+  const Array grad_kl = c.reals(compute, has_grad_kl ? rows : 0, -1, 1);
+  const FullGaussian g{DType(kind), mean, log_diagonal, lower, seed.integers(), samples, rows, latent};
+  // The noise is float32, a few units of which may differ.
+  const double tolerance = std::fmax(tolerance_of(kind), 1e-4);
+  c.run([&](const Kernels &k, int, Results &results) {
+    Array z(kind, samples * size), kl(compute, rows);
+    k.full_gaussian_forward(g, {z, kl});
+    Array grad_mean(kind, size), grad_log_diagonal(kind, size), grad_lower(kind, rows * below);
+    k.full_gaussian_backward(g, {grad_z, grad_kl, grad_mean, grad_log_diagonal, grad_lower});
+    results.push_back({"z", std::move(z), true, tolerance});
+    results.push_back({"kl", std::move(kl), true, tolerance});
+    results.push_back({"grad_mean", std::move(grad_mean), true, tolerance});
+    results.push_back({"grad_log_diagonal", std::move(grad_log_diagonal), true, tolerance});
+    results.push_back({"grad_lower", std::move(grad_lower), true, tolerance});
+  });
+}
+
+void fuzz_log_ratio(Case &c) {
+  Random &r = c.random;
+  const Kind kind = Kind(r.below(4)), compute = kind == kF64 ? kF64 : kF32;
+  const bool large = r.one_in(3);  // enough for four threads
+  const int64_t latent = large && r.one_in(3) ? r.between(1000, 2600) : r.size(130);
+  const int64_t samples = r.below(6), rows = large && latent > 0 ? r.between(8192, 40000) / latent : r.size(70);
+  const int64_t size = rows * latent;
+  const bool has_grad_z = !r.one_in(4), has_grad_ratio = !r.one_in(4);
+  c.describe("dtype samples rows latent grad_z grad_log_ratio", kind, samples, rows, latent, has_grad_z,
+             has_grad_ratio);
+  const Array mean = c.reals(kind, size, -3, 3), log_var = c.reals(kind, size, -4, 2), seed = c.seed();
+  const Array grad_z = c.reals(kind, has_grad_z ? samples * size : 0, -1, 1);
+  const Array grad_log_ratio = c.reals(compute, has_grad_ratio ? samples * rows : 0, -1, 1);
+  const LogRatio g{DType(kind), mean, log_var, seed.integers(), samples, rows, latent};
+  const double tolerance = std::fmax(tolerance_of(kind), 1e-4);
+  c.run([&](const Kernels &k, int, Results &results) {
+    Array z(kind, samples * size), log_ratio(compute, samples * rows);
+    k.log_ratio_forward(g, {z, log_ratio});
+    Array grad_mean(kind, size), grad_log_var(kind, size);
+    k.log_ratio_backward(g, {grad_z, grad_log_ratio, grad_mean, grad_log_var});
+    results.push_back({"z", std::move(z), true, tolerance});
+    results.push_back({"log_ratio", std::move(log_ratio), true, tolerance});
+    results.push_back({"grad_mean", std::move(grad_mean), true, tolerance});
+    results.push_back({"grad_log_var", std::move(grad_log_var), true, tolerance});
+  });
+}
+
+void fuzz_importance_bound(Case &c) {
+  Random &r = c.random;
+  const Kind kind = Kind(r.below(4)), compute = kind == kF64 ? kF64 : kF32;
+  const bool large = r.one_in(3);  // enough for four threads
+  const int64_t rows = large ? r.between(300, 900) : r.size(257), samples = 1 + (large ? 40 : r.size(70));
+  c.describe("dtype samples rows", kind, samples, rows);
+  const Array log_likelihood = c.reals(kind, samples * rows, -200, 0), log_ratio = c.reals(kind, samples * rows, -9, 9);
+  const Array grad_bound = c.reals(compute, rows, -1, 1);
+  const ImportanceBound p{DType(kind), log_likelihood, log_ratio, samples, rows};
+  c.run([&](const Kernels &k, int, Results &results) {
+    Array bound(compute, rows), grad(kind, samples * rows);
+    k.importance_bound_forward(p, bound);
+    k.importance_bound_backward(p, grad_bound, grad);
+    results.push_back({"bound", std::move(bound), true, tolerance_of(compute)});
+    results.push_back({"grad", std::move(grad), true, tolerance_of(kind)});
   });
 }
 
@@ -973,6 +1049,9 @@ struct Entry {
   void (*fuzz)(Case &);
 };
 const Entry kEntries[] = {{"gaussian", fuzz_gaussian},
+                          {"full_gaussian", fuzz_full_gaussian},
+                          {"log_ratio", fuzz_log_ratio},
+                          {"importance_bound", fuzz_importance_bound},
                           {"likelihood", fuzz_likelihood},
                           {"cross_entropy", fuzz_cross_entropy},
                           {"pack_words", fuzz_pack_words},
