@@ -84,6 +84,43 @@ struct ImportanceBound {
   int64_t samples, rows;
 };
 
+// Gumbel-softmax sampling + KL. logits and their gradient: (rows, classes) of `dtype`; sample and grad_sample:
+// (samples, rows, classes) of `dtype`; kl and grad_kl: (rows) of the compute type. log_prior is normalized, of the
+// compute type, with prior_rows rows: 0 (uniform), 1 (shared) or `rows`. Null grad_sample or grad_kl mean zero.
+struct Categorical {
+  DType dtype;
+  const void *logits, *log_prior;
+  int64_t prior_rows;
+  const int64_t *seed;
+  double slope;  // 1 / temperature
+  bool hard;
+  int64_t samples, rows, classes;
+  void *memory;  // `workspaces` times what categorical_workspace says, one for each thread
+  int64_t workspaces;
+};
+struct CategoricalOutputs {
+  void *sample, *kl;
+};
+struct CategoricalGradients {
+  const void *grad_sample, *grad_kl;
+  const void *sample;  // the soft one, or null to make it again
+  void *grad_logits;
+  void *grad_prior;  // (workspaces, classes) for a shared prior, zeroed, else (rows, classes); zero without grad_kl
+};
+
+// out[r][c] = x[r * stride + c], which is element `first` + r * stride + c of the noise, corrupted; out may be x if it
+// is dense.
+enum Noise : int { kGaussianNoise = 0, kMasking = 1, kSaltAndPepper = 2 };
+struct Corruption {
+  DType dtype;
+  Noise noise;
+  double level, low, high;
+  const int64_t *seed;
+  const void *x;
+  int64_t rows, columns, stride, first;
+  void *out;  // (rows, columns)
+};
+
 // Linear layer and cross-entropy. A row's loss is the sum over its `words` targets, those equal to ignore_index left
 // out; a row without any gives zeros. losses, lse, scale and the gradients are of the compute type.
 struct CrossEntropy {
@@ -315,6 +352,10 @@ struct Kernels {
   void (*importance_bound_backward)(const ImportanceBound &, const void *grad_bound, void *grad);  // like one input
   bool (*likelihood_forward)(const Likelihood &, void *nll);  // whether all targets are possible
   void (*likelihood_backward)(const Likelihood &, const LikelihoodGradients &);
+  void (*categorical_forward)(const Categorical &, const CategoricalOutputs &);
+  void (*categorical_backward)(const Categorical &, const CategoricalGradients &);
+  int64_t (*categorical_workspace)(DType dtype, int64_t classes);  // bytes
+  void (*corrupt)(const Corruption &);
   int64_t (*cross_entropy)(const CrossEntropy &);  // rows that have a target, or -1 - element of one out of range
   int64_t (*cross_entropy_workspace)(const CrossEntropy &);  // bytes
   int64_t (*pack_words)(const WordPacking &);

@@ -33,6 +33,22 @@ Gaussian gaussian(int dtype, Address mean, Address log_var, Address prior_mean, 
           sum_latent};
 }
 
+Categorical categorical(int dtype, Address logits, Address log_prior, int64_t prior_rows, Address seed, double slope,
+                        bool hard, int64_t samples, int64_t rows, int64_t classes, Address memory, int64_t workspaces) {
+  return {static_cast<DType>(dtype),
+          at(logits),
+          at(log_prior),
+          prior_rows,
+          integers(seed),
+          slope,
+          hard,
+          samples,
+          rows,
+          classes,
+          at(memory),
+          workspaces};
+}
+
 PackedPlan plan(int64_t batch, int64_t samples, int64_t time, int64_t hidden, Address lengths, Address order,
                 Address active, Address start) {
   return {batch, samples, time, hidden, integers(lengths), integers(order), integers(active), integers(start)};
@@ -160,6 +176,37 @@ PYBIND11_MODULE(_C, m) {
          int64_t rows) {
         kernels().importance_bound_backward(
             {static_cast<DType>(dtype), at(log_likelihood), at(log_ratio), samples, rows}, at(grad_bound), at(grad));
+      },
+      release);
+
+  m.def("categorical_workspace",
+        [](int dtype, int64_t classes) { return kernels().categorical_workspace(static_cast<DType>(dtype), classes); });
+  m.def(
+      "categorical_forward",
+      [](int dtype, Address logits, Address log_prior, int64_t prior_rows, Address seed, double slope, bool hard,
+         int64_t samples, int64_t rows, int64_t classes, Address memory, int64_t workspaces, Address sample,
+         Address kl) {
+        kernels().categorical_forward(categorical(dtype, logits, log_prior, prior_rows, seed, slope, hard, samples,
+                                                  rows, classes, memory, workspaces),
+                                      {at(sample), at(kl)});
+      },
+      release);
+  m.def(
+      "categorical_backward",
+      [](int dtype, Address logits, Address log_prior, int64_t prior_rows, Address seed, double slope, int64_t samples,
+         int64_t rows, int64_t classes, Address memory, int64_t workspaces, Address grad_sample, Address grad_kl,
+         Address sample, Address grad_logits, Address grad_prior) {
+        kernels().categorical_backward(categorical(dtype, logits, log_prior, prior_rows, seed, slope, false, samples,
+                                                   rows, classes, memory, workspaces),
+                                       {at(grad_sample), at(grad_kl), at(sample), at(grad_logits), at(grad_prior)});
+      },
+      release);
+  m.def(
+      "corrupt",
+      [](int dtype, int noise, double level, double low, double high, Address seed, Address x, int64_t rows,
+         int64_t columns, int64_t stride, int64_t first, Address out) {
+        kernels().corrupt({static_cast<DType>(dtype), static_cast<Noise>(noise), level, low, high, integers(seed),
+                           at(x), rows, columns, stride, first, at(out)});
       },
       release);
 

@@ -1,6 +1,6 @@
 // The shared random stream: Philox4x32-10 (Salmon et al. 2011), counter (low, high, 0, 0), key (seed low, seed high).
-// Uniform of element e: first word of counter e. Normal of element e: number e % 4 of counter e / 4, the two Box-Muller
-// pairs of its four words. See fastvae/ops/random.py, the reference.
+// Uniform of element e: first word of counter e; packed uniform: word e % 4 of counter e / 4. Normal of element e:
+// number e % 4 of counter e / 4, the two Box-Muller pairs of its four words. See fastvae/ops/random.py, the reference.
 #pragma once
 
 #if defined(__AVX2__)
@@ -99,11 +99,12 @@ FASTVAE_INLINE CosSin to_normals(uint32_t first, uint32_t second) {
   return {radius * angle.cos, radius * angle.sin};
 }
 
-constexpr int64_t kNoiseBlock = 1024;  // elements a call of normal_block may give
+constexpr int64_t kNoiseBlock = 1024;  // elements a call of block_of may give
 
-// Normals of elements [first, first + count) with count <= kNoiseBlock. `out` has room for kNoiseBlock + 8; returns
-// where in it the first element lies.
-FASTVAE_INLINE const float *normal_block(uint64_t seed, uint64_t first, int64_t count, float *out) {
+// Numbers of elements [first, first + count) with count <= kNoiseBlock, four of a counter: numbers(words, to) makes
+// them. `out` has room for count + 8; returns where in it the first element lies.
+template <typename Numbers>
+FASTVAE_INLINE const float *block_of(uint64_t seed, uint64_t first, int64_t count, float *out, Numbers numbers) {
   constexpr int64_t kCounters = kNoiseBlock / 4 + 1 + kCountersAtOnce;
   alignas(64) uint32_t w0[kCounters], w1[kCounters], w2[kCounters], w3[kCounters];
   const uint64_t counter = first / 4;
@@ -111,11 +112,28 @@ FASTVAE_INLINE const float *normal_block(uint64_t seed, uint64_t first, int64_t 
   uint32_t *const words[4] = {w0, w1, w2, w3};
   fill_words<4>(seed, counter, counters, words);
 #pragma omp simd
-  for (int64_t i = 0; i < counters; ++i) {
-    const CosSin a = to_normals(w0[i], w1[i]), b = to_normals(w2[i], w3[i]);
-    out[4 * i] = a.cos, out[4 * i + 1] = a.sin, out[4 * i + 2] = b.cos, out[4 * i + 3] = b.sin;
-  }
+  for (int64_t i = 0; i < counters; ++i) numbers(w0[i], w1[i], w2[i], w3[i], out + 4 * i);
   return out + first % 4;
+}
+
+FASTVAE_INLINE const float *normal_block(uint64_t seed, uint64_t first, int64_t count, float *out) {
+  return block_of(seed, first, count, out, [](uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3, float *to) {
+    const CosSin a = to_normals(w0, w1), b = to_normals(w2, w3);
+    to[0] = a.cos, to[1] = a.sin, to[2] = b.cos, to[3] = b.sin;
+  });
+}
+
+FASTVAE_INLINE const float *uniform_block(uint64_t seed, uint64_t first, int64_t count, float *out) {
+  return block_of(seed, first, count, out, [](uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3, float *to) {
+    to[0] = to_uniform(w0), to[1] = to_uniform(w1), to[2] = to_uniform(w2), to[3] = to_uniform(w3);
+  });
+}
+
+FASTVAE_INLINE const float *gumbel_block(uint64_t seed, uint64_t first, int64_t count, float *out) {
+  const float *from = uniform_block(seed, first, count, out);
+#pragma omp simd
+  for (int64_t i = 0; i < int64_t(first % 4) + count; ++i) out[i] = -log(-log(out[i] < 0x1p-32f ? 0x1p-32f : out[i]));
+  return from;
 }
 
 FASTVAE_INLINE void fill_uniform(uint64_t seed, uint64_t first, int64_t count, float *out) {

@@ -16,6 +16,10 @@ void log_ratio_forward(const LogRatio &, const LogRatioOutputs &);
 void log_ratio_backward(const LogRatio &, const LogRatioGradients &);
 void importance_bound_forward(const ImportanceBound &, void *bound);
 void importance_bound_backward(const ImportanceBound &, const void *grad_bound, void *grad);
+void categorical_forward(const Categorical &, const CategoricalOutputs &);
+void categorical_backward(const Categorical &, const CategoricalGradients &);
+int64_t categorical_workspace(DType dtype, int64_t classes);
+void corrupt(const Corruption &);
 int64_t cross_entropy(const CrossEntropy &);
 int64_t cross_entropy_workspace(const CrossEntropy &);
 int64_t pack_words(const WordPacking &);
@@ -48,6 +52,10 @@ const Kernels table = {
     importance_bound_backward,
     likelihood_forward,
     likelihood_backward,
+    categorical_forward,
+    categorical_backward,
+    categorical_workspace,
+    corrupt,
     cross_entropy,
     cross_entropy_workspace,
     pack_words,

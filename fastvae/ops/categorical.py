@@ -18,11 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae.ops.backend import compute_dtype, first_order, recording, register
+from fastvae.ops.backend import (
+    CORE,
+    compute_dtype,
+    dtype_code,
+    first_order,
+    kernel,
+    large,
+    pointer,
+    recording,
+    register,
+)
 from fastvae.ops.checks import check_broadcast, check_float, check_samples
 from fastvae.ops.random import gumbel, seed_of
-
-_MAX_SLOPE = 3e38  # largest 1 / temperature: 0 times it stays 0 in float32
 
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -77,7 +85,12 @@ def _scores(logits: Tensor, log_prior: Tensor | None, seed: Tensor, num_samples:
 
 def _soften(scores: Tensor, temperature: float) -> Tensor:
     # The largest score becomes 0 first: no temperature overflows it.
-    return F.softmax((scores - scores.detach().amax(-1, keepdim=True)) * min(1 / temperature, _MAX_SLOPE), -1)
+    return F.softmax((scores - scores.detach().amax(-1, keepdim=True)) * _slope(temperature), -1)
+
+
+def _slope(temperature: float) -> float:
+    # Times 0 and -inf these stay what they are, in float32 too.
+    return min(max(1 / temperature, 1e-37), 3e38)
 
 
 def _sample_shape(logits: Tensor, num_samples: int | None) -> tuple[int, ...]:
@@ -86,6 +99,114 @@ def _sample_shape(logits: Tensor, num_samples: int | None) -> tuple[int, ...]:
 
 def _no_prior(logits: Tensor) -> Tensor:
     return logits.new_empty(0, dtype=compute_dtype(logits))  # an op cannot return None
+
+
+# ----------------------------------------------------------------------------------------------- C++ on CPU
+def _cpu_sample_kl(
+    logits: Tensor, log_prior: Tensor | None, seed: Tensor, temperature: float, hard: bool, num_samples: int | None
+) -> tuple[Tensor, Tensor]:
+    assert CORE is not None
+    sample = large(logits.new_empty(_sample_shape(logits, num_samples)))
+    kl = logits.new_empty(logits.shape[:-1], dtype=compute_dtype(logits))
+    logits, log_prior = logits.contiguous(), None if log_prior is None else log_prior.contiguous()
+    memory, workspaces = _workspaces(logits)
+    CORE.categorical_forward(
+        *_problem(logits, log_prior, seed, temperature), hard, *_sizes(logits, num_samples), pointer(memory),
+        workspaces, pointer(sample), pointer(kl),
+    )  # fmt: skip
+    return sample, kl
+
+
+def _cpu_sample_kl_backward(
+    grad_sample: Tensor | None,
+    grad_kl: Tensor | None,
+    sample: Tensor | None,
+    logits: Tensor,
+    log_prior: Tensor | None,
+    seed: Tensor,
+    temperature: float,
+    num_samples: int | None,
+) -> tuple[Tensor, Tensor]:
+    assert CORE is not None
+    logits, log_prior = logits.contiguous(), None if log_prior is None else log_prior.contiguous()
+    grad_sample, grad_kl, sample = (None if t is None else t.contiguous() for t in (grad_sample, grad_kl, sample))
+    grad_logits, grad_prior = large(torch.empty_like(logits)), _no_prior(logits)
+    memory, workspaces = _workspaces(logits)
+    shared = log_prior is not None and log_prior.dim() == 1
+    if log_prior is not None:
+        # A prior shared by all rows gets one partial sum per thread, added up in a fixed order below.
+        grad_prior = log_prior.new_zeros((workspaces, *log_prior.shape) if shared else log_prior.shape)
+    CORE.categorical_backward(
+        *_problem(logits, log_prior, seed, temperature), *_sizes(logits, num_samples), pointer(memory), workspaces,
+        pointer(grad_sample), pointer(grad_kl), pointer(sample), pointer(grad_logits), pointer(grad_prior),
+    )  # fmt: skip
+    return grad_logits, grad_prior.sum(0) if shared else grad_prior
+
+
+def _problem(logits: Tensor, log_prior: Tensor | None, seed: Tensor, temperature: float) -> tuple[Any, ...]:
+    rows = 0 if log_prior is None else math.prod(log_prior.shape[:-1])
+    slope = _slope(temperature)
+    return dtype_code(logits), pointer(logits), pointer(log_prior), rows, pointer(seed), slope
+
+
+def _sizes(logits: Tensor, num_samples: int | None) -> tuple[int, int, int]:
+    return 1 if num_samples is None else num_samples, math.prod(logits.shape[:-1]), logits.shape[-1]
+
+
+def _workspaces(logits: Tensor) -> tuple[Tensor, int]:
+    """Scratch for each thread, and the number of threads."""
+    assert CORE is not None
+    threads = torch.get_num_threads()
+    bytes_each = CORE.categorical_workspace(dtype_code(logits), logits.shape[-1])
+    return torch.empty(threads * bytes_each, dtype=torch.uint8), threads
+
+
+# -------------------------------------------------------------------------------------------- Triton on CUDA
+_triton_forward = kernel("categorical", "sample_kl_forward")
+_triton_backward = kernel("categorical", "sample_kl_backward")
+_MAX_CLASSES_CUDA = 16384  # a row lies in registers
+
+
+def _cuda_sample_kl(
+    logits: Tensor, log_prior: Tensor | None, seed: Tensor, temperature: float, hard: bool, num_samples: int | None
+) -> tuple[Tensor, Tensor]:
+    if logits.dtype == torch.float64 or logits.shape[-1] > _MAX_CLASSES_CUDA:
+        return reference_sample_kl(logits, log_prior, seed, temperature, hard, num_samples)
+    samples, rows, classes = _sizes(logits, num_samples)
+    prior = None if log_prior is None else log_prior.reshape(-1, classes)
+    matrix = logits.reshape(rows, classes).contiguous()
+    sample, kl = _triton_forward(matrix, prior, seed, _slope(temperature), hard, samples)
+    return sample.reshape(_sample_shape(logits, num_samples)), kl.reshape(logits.shape[:-1])
+
+
+def _cuda_sample_kl_backward(
+    grad_sample: Tensor | None,
+    grad_kl: Tensor | None,
+    sample: Tensor | None,
+    logits: Tensor,
+    log_prior: Tensor | None,
+    seed: Tensor,
+    temperature: float,
+    num_samples: int | None,
+) -> tuple[Tensor, Tensor]:
+    if logits.dtype == torch.float64 or logits.shape[-1] > _MAX_CLASSES_CUDA:
+        return reference_sample_kl_backward(
+            grad_sample, grad_kl, sample, logits, log_prior, seed, temperature, num_samples
+        )
+    sizes = _sizes(logits, num_samples)
+    grad_sample, sample = (None if t is None else t.reshape(sizes).contiguous() for t in (grad_sample, sample))
+    grad_logits, grad_prior = _triton_backward(
+        grad_sample,
+        None if grad_kl is None else grad_kl.reshape(sizes[1]).contiguous(),
+        sample,
+        logits.reshape(sizes[1:]).contiguous(),
+        None if log_prior is None else log_prior.reshape(-1, sizes[2]),
+        seed,
+        _slope(temperature),
+    )
+    if log_prior is None:
+        return grad_logits.reshape(logits.shape), _no_prior(logits)
+    return grad_logits.reshape(logits.shape), grad_prior.reshape(log_prior.shape)
 
 
 # ------------------------------------------------------------------------------------------ schema, autograd
@@ -107,16 +228,16 @@ _sample_kl = register(
     "SymInt? num_samples) -> (Tensor, Tensor)",
     reference=reference_sample_kl,
     fake=_fake_sample_kl,
-    cpu=None,
-    cuda=None,
+    cpu=_cpu_sample_kl,
+    cuda=_cuda_sample_kl,
 )
 _sample_kl_backward = register(
     "gumbel_softmax_sample_kl_backward(Tensor? grad_sample, Tensor? grad_kl, Tensor? sample, Tensor logits, "
     "Tensor? log_prior, Tensor seed, float temperature, SymInt? num_samples) -> (Tensor, Tensor)",
     reference=reference_sample_kl_backward,
     fake=_fake_sample_kl_backward,
-    cpu=None,
-    cuda=None,
+    cpu=_cpu_sample_kl_backward,
+    cuda=_cuda_sample_kl_backward,
 )
 
 

@@ -12,27 +12,41 @@ Source: Vincent et al. 2010, "Stacked denoising autoencoders".
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae.ops.backend import compute_dtype, first_order, in_autocast_dtype, register
+from fastvae.ops.backend import (
+    CORE,
+    compute_dtype,
+    dtype_code,
+    first_order,
+    in_autocast_dtype,
+    kernel,
+    large,
+    pointer,
+    register,
+)
 from fastvae.ops.checks import check_choice, check_float, check_like, check_shape
 from fastvae.ops.random import normal, packed_uniform, seed_of
 
-NOISES = ("gaussian", "masking", "salt_and_pepper")
+NOISES = ("gaussian", "masking", "salt_and_pepper")  # numbered as in csrc/kernels.h
+
+_PIECE_BYTES = 4 << 20  # of corrupted x at a time: smaller ones stay nearer, and pay more for starting products
+_MIN_PIECE = 64  # rows or columns: below this the products are bound by reading the other operand
 
 
 # ------------------------------------------------------------------------------------------------ reference
 def reference(x: Tensor, seed: Tensor, noise: str, level: float, low: float, high: float) -> Tensor:
     """Eager definition: x corrupted, in its shape and dtype."""
-    offsets = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+    offsets = torch.arange(x.numel(), device=x.device)
     if noise == "gaussian":
         compute = compute_dtype(x)
-        return (x.to(compute) + level * normal(seed, offsets).to(compute)).to(x.dtype)
-    u = packed_uniform(seed, offsets)
+        return (x.to(compute) + level * normal(seed, offsets).to(compute).reshape(x.shape)).to(x.dtype)
+    u = packed_uniform(seed, offsets).reshape(x.shape)
     if noise == "masking":
         return x.masked_fill(u < level, 0)
     return x.masked_fill(u < level, high).masked_fill(u < level / 2, low)
@@ -78,6 +92,129 @@ def _sum_rows(grad: Tensor) -> Tensor:
     return grad.sum(0, dtype=compute_dtype(grad)).to(grad.dtype)
 
 
+# ----------------------------------------------------------------------------------------------- C++ on CPU
+def _cpu(x: Tensor, seed: Tensor, noise: str, level: float, low: float, high: float) -> Tensor:
+    x = x.contiguous()
+    out = large(torch.empty_like(x))
+    _corrupt_piece(x.reshape(-1, 1), slice(0, x.numel()), slice(0, 1), seed, noise, level, low, high, out)
+    return out
+
+
+def _cpu_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, noise: str, level: float, low: float, high: float
+) -> Tensor:
+    x, columns, table = x.contiguous(), slice(0, x.shape[1]), weight.T
+    y = large(x.new_empty(x.shape[0], weight.shape[0]))
+    for rows, scratch in _pieces(x, 0):
+        _corrupt_piece(x, rows, columns, seed, noise, level, low, high, scratch)
+        if bias is None:
+            torch.mm(scratch, table, out=y[rows])
+        else:
+            torch.addmm(bias, scratch, table, out=y[rows])
+    return y
+
+
+def _cpu_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    seed: Tensor,
+    noise: str,
+    level: float,
+    low: float,
+    high: float,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, grad = x.contiguous(), grad.contiguous()
+    grad_x, grad_weight, grad_bias = (x.new_empty(0) for _ in range(3))
+    if need_x:
+        grad_x = torch.mm(grad, weight, out=large(torch.empty_like(x)))
+        if noise != "gaussian":
+            everything = slice(0, x.shape[0]), slice(0, x.shape[1])
+            _corrupt_piece(grad_x, *everything, seed, "masking", level, 0.0, 0.0, grad_x)
+    if need_weight:
+        # Columns: each product is summed to the end at once, in half precision too.
+        grad_weight = large(weight.new_empty(weight.shape))
+        for columns, scratch in _pieces(x, 1):
+            _corrupt_piece(x, slice(0, x.shape[0]), columns, seed, noise, level, low, high, scratch)
+            torch.mm(grad.T, scratch, out=grad_weight[:, columns])
+    if need_bias:
+        grad_bias = _sum_rows(grad)
+    return grad_x, grad_weight, grad_bias
+
+
+def _pieces(x: Tensor, dim: int) -> Iterator[tuple[slice, Tensor]]:
+    """Cut x along `dim` in pieces that fit the second-level cache; yield where they are and room for one."""
+    length, across = x.shape[dim], x.shape[1 - dim]
+    step = max(_MIN_PIECE, _PIECE_BYTES // (max(1, across) * x.element_size()) // _MIN_PIECE * _MIN_PIECE)
+    scratch = x.new_empty(min(length, step) * across)
+    for first in range(0, length, step):
+        here = slice(first, min(first + step, length))
+        shape = (here.stop - first, across) if dim == 0 else (across, here.stop - first)
+        yield here, scratch[: math.prod(shape)].view(shape)
+
+
+def _corrupt_piece(x: Tensor, rows: slice, columns: slice, seed: Tensor, noise: str, level: float, low: float,
+                   high: float, out: Tensor) -> None:  # fmt: skip
+    """Write the corrupted x[rows, columns] of a contiguous matrix to `out`."""
+    assert CORE is not None
+    first = rows.start * x.shape[1] + columns.start
+    CORE.corrupt(
+        dtype_code(x), NOISES.index(noise), level, low, high, pointer(seed),
+        pointer(x) + first * x.element_size(), rows.stop - rows.start, columns.stop - columns.start, x.shape[1], first,
+        pointer(out),
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------- Triton on CUDA
+_triton_corrupt = kernel("corruption", "corrupt")
+_triton_linear = kernel("corruption", "linear")
+_triton_grad_weight = kernel("corruption", "grad_weight")
+
+
+def _cuda(x: Tensor, seed: Tensor, noise: str, level: float, low: float, high: float) -> Tensor:
+    if x.dtype == torch.float64:
+        return reference(x, seed, noise, level, low, high)
+    return _triton_corrupt(x.contiguous(), seed, noise, level, low, high)
+
+
+def _cuda_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, noise: str, level: float, low: float, high: float
+) -> Tensor:
+    if x.dtype == torch.float64:
+        return reference_linear(x, weight, bias, seed, noise, level, low, high)
+    bias = None if bias is None else bias.contiguous()
+    return _triton_linear(x.contiguous(), weight.contiguous(), bias, seed, noise, level, low, high)
+
+
+def _cuda_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    seed: Tensor,
+    noise: str,
+    level: float,
+    low: float,
+    high: float,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    corruption = (seed, noise, level, low, high)
+    if x.dtype == torch.float64:
+        return reference_linear_backward(grad, x, weight, *corruption, need_x, need_weight, need_bias)
+    grad_x, grad_weight, grad_bias = (x.new_empty(0) for _ in range(3))
+    if need_x:
+        grad_x = _backward(torch.mm(grad, weight), seed, noise, level, _triton_corrupt)
+    if need_weight:
+        grad_weight = _triton_grad_weight(grad.contiguous(), x.contiguous(), *corruption)
+    if need_bias:
+        grad_bias = _sum_rows(grad)
+    return grad_x, grad_weight, grad_bias
+
+
 # ------------------------------------------------------------------------------------------ schema, autograd
 def _fake(x: Tensor, seed: Tensor, noise: str, level: float, low: float, high: float) -> Tensor:
     return x.new_empty(x.shape)
@@ -99,24 +236,24 @@ _corrupt = register(
     "corrupt(Tensor x, Tensor seed, str noise, float level, float low, float high) -> Tensor",
     reference=reference,
     fake=_fake,
-    cpu=None,
-    cuda=None,
+    cpu=_cpu,
+    cuda=_cuda,
 )
 _linear = register(
     "corrupted_linear(Tensor x, Tensor weight, Tensor? bias, Tensor seed, str noise, float level, float low, "
     "float high) -> Tensor",
     reference=reference_linear,
     fake=_fake_linear,
-    cpu=None,
-    cuda=None,
+    cpu=_cpu_linear,
+    cuda=_cuda_linear,
 )
 _linear_backward = register(
     "corrupted_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor seed, str noise, float level, float low, "
     "float high, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     reference=reference_linear_backward,
     fake=_fake_linear_backward,
-    cpu=None,
-    cuda=None,
+    cpu=_cpu_linear_backward,
+    cuda=_cuda_linear_backward,
 )
 
 

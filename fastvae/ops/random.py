@@ -100,8 +100,9 @@ def normal(seed: Tensor, offsets: Tensor) -> Tensor:
 
 def packed_uniform(seed: Tensor, offsets: Tensor) -> Tensor:
     """Return float32 numbers in [0, 1), one for each element index, four of a counter: not those of `uniform`."""
-    words = torch.stack(philox(seed, offsets // 4), -1)
-    return _to_uniform(words.gather(-1, (offsets % 4).unsqueeze(-1)).squeeze(-1))
+    words, odd = philox(seed, offsets // 4), offsets % 2 == 1
+    low, high = (torch.where(odd, words[i + 1], words[i]) for i in (0, 2))
+    return _to_uniform(torch.where(offsets % 4 >= 2, high, low))
 
 
 def gumbel(seed: Tensor, offsets: Tensor) -> Tensor:
