@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastvae.kernels import cross_entropy, gaussian, gru, likelihood, lstm, sparse
+from fastvae.kernels import categorical, corruption, cross_entropy, gaussian, gru, likelihood, lstm, sparse
 
 ARCHITECTURES = (80, 90)
 TABLE = Path(__file__).parents[2] / "kernels" / "RESOURCES.md"
@@ -155,6 +155,22 @@ def _likelihood(sizes: _Sizes, dtype: torch.dtype, features: int, log_var: tuple
     likelihood.gaussian_backward(nll, prediction, target, _tensor(*log_var), True, False, True)
 
 
+def _categorical(sizes: _Sizes, dtype: torch.dtype, classes: int, prior: str = "none", hard: bool = False) -> None:
+    logits, seed = _tensor(sizes.rows, classes, dtype=dtype), _tensor(1, dtype=torch.int64)
+    log_prior = None if prior == "none" else _tensor(1, classes)
+    slope = 0.5 * sizes.steps
+    sample, kl = categorical.sample_kl_forward(logits, log_prior, seed, slope, hard, 1)
+    categorical.sample_kl_backward(sample, kl, None if hard else sample, logits, log_prior, seed, slope)
+
+
+def _corruption(sizes: _Sizes, dtype: torch.dtype, noise: str, features: int = 784) -> None:
+    x, weight = _tensor(sizes.rows, features, dtype=dtype), _tensor(400, features, dtype=dtype)
+    arguments = (_tensor(1, dtype=torch.int64), noise, 0.1 * sizes.steps, 0.0, 1.0)
+    corruption.corrupt(x, *arguments)
+    y = corruption.linear(x, weight, _tensor(400, dtype=dtype), *arguments)
+    corruption.grad_weight(y, x, *arguments)
+
+
 def _cross_entropy(sizes: _Sizes, dtype: torch.dtype, label_smoothing: float = 0.0) -> None:
     hidden = _tensor(sizes.rows, 256, dtype=dtype)
     weight, bias = _tensor(10000, 256, dtype=dtype), _tensor(10000, dtype=dtype)
@@ -213,6 +229,14 @@ _CASES: dict[str, Callable[[_Sizes], None]] = {
     "Bernoulli in bfloat16": lambda n: _likelihood(n, torch.bfloat16, 784, None),
     "Gaussian, one log_var": lambda n: _likelihood(n, torch.float32, 784, ()),
     "Gaussian, a log_var for each of 33": lambda n: _likelihood(n, torch.bfloat16, 33, (33,)),
+    "float32, 10 classes": lambda n: _categorical(n, torch.float32, 10),
+    "float32, 32 classes, shared prior, hard": lambda n: _categorical(n, torch.float32, 32, "shared", True),
+    "bfloat16, 1000 classes": lambda n: _categorical(n, torch.bfloat16, 1000),
+    "float32, 16384 classes": lambda n: _categorical(n, torch.float32, 16384),
+    "masking in float32": lambda n: _corruption(n, torch.float32, "masking"),
+    "masking in TF32": lambda n: _tf32(lambda n, dtype: _corruption(n, dtype, "masking"), n),
+    "masking of 33 features in float32": lambda n: _corruption(n, torch.float32, "masking", 33),
+    "Gaussian noise in bfloat16": lambda n: _corruption(n, torch.bfloat16, "gaussian"),
     "logits in float32": lambda n: _cross_entropy(n, torch.float32),
     "logits in TF32": lambda n: _tf32(_cross_entropy, n),
     "logits in bfloat16": lambda n: _cross_entropy(n, torch.bfloat16),

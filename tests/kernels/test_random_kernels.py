@@ -7,7 +7,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvae.kernels.random import normal, normals_of_counters, uniform
+from fastvae.kernels.random import (
+    normal,
+    normals_of_counters,
+    packed_uniform,
+    packed_uniforms_of_counters,
+    to_gumbel,
+    uniform,
+)
 
 SEEDS = [0, 5, 2**31 + 7, 123456789012345, 2**63 - 1]
 
@@ -28,6 +35,17 @@ def _streams_kernel(seed_ptr, first, u_ptr, rand_ptr, n_ptr, counters_ptr, randn
     tl.store(randn4x_ptr + column + 1, n1)
     tl.store(randn4x_ptr + column + 2, n2)
     tl.store(randn4x_ptr + column + 3, n3)
+
+
+@triton.jit
+def _packed_kernel(seed_ptr, first, packed_ptr, counters_ptr, gumbel_ptr, COUNT: tl.constexpr):
+    index = tl.arange(0, COUNT)
+    seed = tl.load(seed_ptr)
+    packed = packed_uniform(seed, first + index.to(tl.int64))
+    tl.store(packed_ptr + index, packed)
+    tl.store(gumbel_ptr + index, to_gumbel(packed))
+    counter = (first // 4 + tl.arange(0, COUNT // 4).to(tl.int64))[None, :]
+    tl.store(counters_ptr + index[None, :], packed_uniforms_of_counters(seed, counter))
 
 
 def _philox(seed: int, counter: int) -> list[int]:
@@ -69,3 +87,24 @@ def test_streams(seed: int, first: int, device: str) -> None:
         torch.testing.assert_close(u, rand, rtol=0, atol=0)
     if (first + count) // 4 <= 2**32:
         torch.testing.assert_close(n, randn4x, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("first", [0, 2**31 - 8, 2**34 - 8, 2**40 + 4])
+def test_packed_uniforms(seed: int, first: int, device: str) -> None:
+    count = 16
+    outputs = [torch.full((count,), float("nan"), device=device) for _ in range(3)]
+    _packed_kernel[(1,)](torch.tensor([seed], device=device), first, *outputs, COUNT=count)
+    packed, counters, gumbel = (x.cpu() for x in outputs)
+    expected = [_uniform(_philox(seed, (first + i) // 4)[i % 4]) for i in range(count)]
+    assert packed.tolist() == counters.tolist() == expected
+    numbers = [-math.log(-math.log(u)) for u in expected]
+    torch.testing.assert_close(gumbel, torch.tensor(numbers), rtol=0, atol=2e-6)
+
+
+def test_gumbel_numbers_at_the_ends_are_finite(device: str) -> None:
+    """The uniform numbers of these elements are 0, and the largest there is, 1 - 2**-24."""
+    for seed, element, expected in ((1343428, 3, -math.log(32 * math.log(2))), (482, 4083, 24 * math.log(2))):
+        outputs = [torch.full((4,), float("nan"), device=device) for _ in range(3)]
+        _packed_kernel[(1,)](torch.tensor([seed], device=device), element // 4 * 4, *outputs, COUNT=4)
+        assert outputs[2][element % 4].item() == pytest.approx(expected, abs=4e-6)
