@@ -40,7 +40,7 @@ extern const Kernels table;
 namespace {
 
 // A new entry point needs a case here.
-static_assert(sizeof(Kernels) == 29 * sizeof(void *), "an entry point that is not fuzzed");
+static_assert(sizeof(Kernels) == 33 * sizeof(void *), "an entry point that is not fuzzed");
 
 // ------------------------------------------------------------------------------------------- the case at hand
 std::string current;  // what to do to see this case alone, and its sizes
@@ -436,6 +436,66 @@ void fuzz_importance_bound(Case &c) {
     k.importance_bound_backward(p, grad_bound, grad);
     results.push_back({"bound", std::move(bound), true, tolerance_of(compute)});
     results.push_back({"grad", std::move(grad), true, tolerance_of(kind)});
+  });
+}
+
+void fuzz_categorical(Case &c) {
+  Random &r = c.random;
+  const Kind kind = Kind(r.below(4)), compute = kind == kF64 ? kF64 : kF32;
+  const bool large = r.one_in(3);  // enough for four threads
+  const int64_t classes = large && r.one_in(3) ? r.between(1000, 2600) : 1 + r.size(130);
+  const int64_t rows = large ? r.between(8192, 40000) / classes : r.size(70);
+  const int64_t samples = r.below(large ? 2 : 4), size = rows * classes;
+  const int prior = int(r.below(3));
+  const int64_t prior_rows = prior == 0 ? 0 : prior == 1 || rows == 1 ? 1 : rows;
+  const bool hard = r.one_in(2), has_grad_sample = !r.one_in(4), has_grad_kl = !r.one_in(4);
+  const double slope = c.wild && r.one_in(2) ? (r.one_in(2) ? 1e-37 : 3e38) : r.real(0.3, 3);
+  c.describe("dtype samples rows classes prior_rows hard", kind, samples, rows, classes, prior_rows, hard);
+  const Array logits = c.reals(kind, size, -3, 3), seed = c.seed();
+  const Array log_prior = c.reals(compute, prior_rows * classes, -5, 0);
+  const Array grad_sample = c.reals(kind, has_grad_sample ? samples * size : 0, -1, 1);
+  const Array grad_kl = c.reals(compute, has_grad_kl ? rows : 0, -1, 1);
+  // The noise is float32, a few units of which may differ.
+  const double tolerance = std::fmax(tolerance_of(kind), 1e-4);
+  c.run([&](const Kernels &k, int threads, Results &results) {
+    const Array memory(kI8, threads * k.categorical_workspace(DType(kind), classes));
+    Array sample(kind, samples * size), kl(compute, rows);
+    const Categorical q{DType(kind), logits,  log_prior, prior_rows, seed.integers(), slope,
+                        hard,        samples, rows,      classes,    memory,          threads};
+    k.categorical_forward(q, {sample, kl});
+    Array grad_logits(kind, size), grad_prior = zeros(compute, (prior_rows == 1 ? threads : prior_rows) * classes);
+    void *const soft = hard ? nullptr : static_cast<void *>(sample);
+    k.categorical_backward(q, {grad_sample, grad_kl, soft, grad_logits, grad_prior});
+    Array sums = zeros(compute, prior_rows * classes);
+    for (int64_t i = 0; i < grad_prior.count; ++i)
+      sums.set(i % sums.count, sums.get(i % sums.count) + grad_prior.get(i));
+    // Rounding may decide between classes: a hard sample is not compared between instruction sets.
+    results.push_back({"sample", std::move(sample), true, hard ? -1 : tolerance});
+    results.push_back({"kl", std::move(kl), true, tolerance});
+    results.push_back({"grad_logits", std::move(grad_logits), true, tolerance});
+    // A prior shared by all rows has one partial sum a thread.
+    results.push_back({"grad_prior", std::move(sums), prior_rows != 1, prior_rows == 1 ? 1e-3 : tolerance});
+  });
+}
+
+void fuzz_corrupt(Case &c) {
+  Random &r = c.random;
+  const Kind kind = Kind(r.below(4));
+  const Noise noise = Noise(r.below(3));
+  const bool large = r.one_in(3);  // enough for four threads
+  const int64_t columns = large ? r.between(1, 2600) : r.size(130);
+  const int64_t rows = large ? r.between(8192, 80000) / columns : r.size(70);
+  const bool dense = r.one_in(2), in_place = dense && r.one_in(2);
+  const int64_t stride = dense ? columns : columns + r.below(9);
+  const int64_t first = r.one_in(4) ? (int64_t(1) << 34) - r.below(3000) : r.below(3000);
+  c.describe("dtype noise rows columns stride first", kind, noise, rows, columns, stride, first);
+  const Array x = c.reals(kind, rows > 0 ? (rows - 1) * stride + columns : 0, -3, 3), seed = c.seed();
+  const double level = r.one_in(9) ? double(r.below(2)) : r.real(0, 1);
+  c.run([&](const Kernels &k, int, Results &results) {
+    Array out = in_place ? x.copy() : Array(kind, rows * columns);
+    k.corrupt(
+        {DType(kind), noise, level, -0.5, 2, seed.integers(), in_place ? out : x, rows, columns, stride, first, out});
+    results.push_back({"out", std::move(out), true, noise == kGaussianNoise ? std::fmax(tolerance_of(kind), 1e-5) : 0});
   });
 }
 
@@ -1053,6 +1113,8 @@ const Entry kEntries[] = {{"gaussian", fuzz_gaussian},
                           {"log_ratio", fuzz_log_ratio},
                           {"importance_bound", fuzz_importance_bound},
                           {"likelihood", fuzz_likelihood},
+                          {"categorical", fuzz_categorical},
+                          {"corrupt", fuzz_corrupt},
                           {"cross_entropy", fuzz_cross_entropy},
                           {"pack_words", fuzz_pack_words},
                           {"lstm", fuzz_lstm},

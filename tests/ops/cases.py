@@ -14,6 +14,9 @@ from torch import Tensor
 from fastvae.functional import (
     bag_of_words_loss,
     bernoulli_nll,
+    categorical_kl,
+    corrupt,
+    corrupted_linear,
     fista,
     full_gaussian_sample_kl,
     gaussian_kl,
@@ -22,6 +25,7 @@ from fastvae.functional import (
     gaussian_sample_log_ratio,
     gru,
     gru_decode,
+    gumbel_softmax_sample_kl,
     importance_weighted_bound,
     ista,
     layer_norm_lstm,
@@ -78,6 +82,23 @@ def _importance_inputs(dtype, batch):
 def _bound_inputs(dtype, batch):
     random = torch.Generator().manual_seed(batch)
     return {n: torch.randn(5, batch, generator=random).to(dtype) for n in ("log_likelihood", "log_ratio")}
+
+
+def _categorical_inputs(dtype, batch):
+    random = torch.Generator().manual_seed(batch)
+    tensors = {"logits": torch.randn(batch, 33, generator=random).to(dtype)}
+    return tensors | {"prior_logits": torch.randn(33, generator=random), "seed": torch.tensor([-6_000_000_000])}
+
+
+def _corruption_inputs(dtype, batch):
+    x = torch.randn(batch, 33, generator=torch.Generator().manual_seed(batch)).to(dtype)
+    return {"x": x, "seed": torch.tensor([7])}
+
+
+def _corrupted_linear_inputs(dtype, batch):
+    random = torch.Generator().manual_seed(batch)
+    weights = {"weight": torch.randn(17, 33, generator=random), "bias": torch.randn(17, generator=random)}
+    return _corruption_inputs(dtype, batch) | {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
 def _cross_entropy_inputs(dtype, batch):
@@ -192,6 +213,21 @@ CASES = {
         lambda **tensors: gaussian_sample_log_ratio(**tensors, num_samples=3), _importance_inputs
     ),
     "importance_weighted_bound": Case(lambda **tensors: (importance_weighted_bound(**tensors),), _bound_inputs),
+    "gumbel_softmax_sample_kl": Case(
+        lambda **tensors: gumbel_softmax_sample_kl(**tensors, num_samples=2, temperature=0.7), _categorical_inputs
+    ),
+    "gumbel_softmax_sample_kl hard": Case(
+        lambda **tensors: gumbel_softmax_sample_kl(**tensors, hard=True, temperature=1.0), _categorical_inputs
+    ),
+    "categorical_kl": Case(lambda seed, **tensors: (categorical_kl(**tensors),), _categorical_inputs),
+    "corrupt": Case(
+        lambda **tensors: (corrupt(**tensors, noise="salt_and_pepper", level=0.4, low=-1.0, high=2.0),),
+        _corruption_inputs,
+    ),
+    "corrupted_linear": Case(
+        lambda **tensors: (corrupted_linear(**tensors, noise="masking", level=0.4, low=0.0, high=1.0),),
+        _corrupted_linear_inputs,
+    ),
     "linear_cross_entropy": Case(lambda **tensors: (linear_cross_entropy(**tensors),), _cross_entropy_inputs),
     "linear_cross_entropy rows": Case(
         lambda **tensors: (linear_cross_entropy(**tensors, reduction="none"),), _cross_entropy_inputs

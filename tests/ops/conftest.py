@@ -7,6 +7,8 @@ import torch
 
 from fastvae.ops import backend as backend_module
 from fastvae.ops import (
+    categorical,
+    corruption,
     cross_entropy,
     full_gaussian,
     gaussian,
@@ -33,6 +35,11 @@ REFERENCES = {
     "gaussian_sample_log_ratio_backward": importance.reference_sample_backward,
     "importance_weighted_bound": importance.reference_bound,
     "importance_weighted_bound_backward": importance.reference_bound_backward,
+    "gumbel_softmax_sample_kl": categorical.reference_sample_kl,
+    "gumbel_softmax_sample_kl_backward": categorical.reference_sample_kl_backward,
+    "corrupt": corruption.reference,
+    "corrupted_linear": corruption.reference_linear,
+    "corrupted_linear_backward": corruption.reference_linear_backward,
     "linear_cross_entropy": cross_entropy.reference,
     "linear_cross_entropy_backward": cross_entropy.reference_backward,
     "lstm_decode": lstm._reference_op,
