@@ -5,4 +5,14 @@ import os
 # Read when torch is imported: the profiler would announce each start and stop.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-FAMILIES = ("gaussian", "likelihood", "cross_entropy", "lstm", "gru", "generation", "sparse")
+FAMILIES = (
+    "gaussian",
+    "likelihood",
+    "categorical",
+    "corruption",
+    "cross_entropy",
+    "lstm",
+    "gru",
+    "generation",
+    "sparse",
+)
