@@ -7,6 +7,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 FAMILIES = (
     "gaussian",
+    "full_gaussian",
+    "importance",
     "likelihood",
     "categorical",
     "corruption",

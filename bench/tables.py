@@ -17,6 +17,8 @@ PTB = RESULTS / "ptb_lstm_4_epochs.json"  # written by `fastvae evaluate`
 Row = dict[str, str]
 _TITLES = {
     "gaussian": "Sampling + KL",
+    "full_gaussian": "Full covariance",
+    "importance": "Importance-weighted bound",
     "likelihood": "Likelihood",
     "cross_entropy": "Linear + cross-entropy",
     "lstm": "LSTM",

@@ -57,7 +57,7 @@ def sample_kl_forward(
         return z, torch.zeros(kl_shape, dtype=torch.float32, device=mean.device)
     kl = torch.empty(kl_shape, dtype=torch.float32, device=mean.device)
     prior, prior_log, prior_stride = _prior(prior_mean, prior_log_var, mean)
-    block_rows, block_latent = _tile(latent)
+    block_rows, block_latent = row_tile(latent)
     _gaussian_forward_kernel[(triton.cdiv(rows, block_rows),)](
         mean, log_var, prior, prior_log, seed, z, kl,
         rows, latent, prior_stride, num_samples,
@@ -91,7 +91,7 @@ def sample_kl_backward(
     if mean.numel() == 0:
         zeros = [None if p is None else torch.zeros_like(p) for p in (prior_mean, prior_log_var)]
         return grad_mean, grad_log_var, zeros[0], zeros[1]
-    block_rows, block_latent = _tile(latent)
+    block_rows, block_latent = row_tile(latent)
     programs = triton.cdiv(rows, block_rows)
     shared_prior = prior_mean is not None and prior_mean.shape[0] == 1
     if shared_prior:
@@ -115,7 +115,8 @@ def sample_kl_backward(
     return grad_mean, grad_log_var, grad_prior[0], grad_prior[1]
 
 
-def _tile(latent: int) -> tuple[int, int]:
+def row_tile(latent: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile."""
     block_latent = min(triton.next_power_of_2(latent), _TILE)
     return _TILE // block_latent, block_latent
 
@@ -140,28 +141,33 @@ def _half_square_series(x):
 
 
 @triton.jit
-def _exp_minus_one(x):
+def exp_minus_one(x):
+    """Return exp(x) - 1 with the digits of a small x."""
     return tl.where(tl.abs(x) < 0.7, x + _half_square_series(x), tl.exp(x) - 1.0)
 
 
 @triton.jit
-def _exp_minus_one_minus_itself(x):
+def exp_minus_one_minus_itself(x):
+    """Return exp(x) - 1 - x with the digits of a small x."""
     return tl.where(tl.abs(x) < 0.7, _half_square_series(x), tl.exp(x) - 1.0 - x)
 
 
 @triton.jit
-def _clamp(log_var):
+def clamp_log_var(log_var):
+    """Return `log_var` within [-40, 40]."""
     # Comparisons with NaN are false, so NaN stays; tl.minimum and tl.maximum would drop it.
     return tl.where(log_var > 40.0, 40.0, tl.where(log_var < -40.0, -40.0, log_var))
 
 
 @triton.jit
-def _outside(log_var):
+def outside(log_var):
+    """Tell where :func:`clamp_log_var` changes `log_var`, which then has no gradient."""
     return (log_var > 40.0) | (log_var < -40.0)
 
 
 @triton.jit
-def _noise(seed, offset, row, start, element, latent, QUADS: tl.constexpr, BLOCK_D: tl.constexpr):
+def noise_tile(seed, offset, row, start, element, latent, QUADS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return the noise of a tile: `element`s (N, D) from column `start` on, of the sample that begins at `offset`."""
     # Where rows are made of whole counters, each is computed once for its four elements.
     if QUADS:
         counter = row[:, None] * (latent // 4) + (start // 4 + tl.arange(0, BLOCK_D // 4))[None, :]
@@ -199,15 +205,15 @@ def _gaussian_forward_kernel(
         element = row[:, None] * latent + column[None, :]
         # Masked elements read 0 everywhere, which gives them a KL of exactly 0.
         mean = tl.load(mean_ptr + element, mask=mask, other=0.0).to(tl.float32)
-        log_var = _clamp(tl.load(log_var_ptr + element, mask=mask, other=0.0).to(tl.float32))
+        log_var = clamp_log_var(tl.load(log_var_ptr + element, mask=mask, other=0.0).to(tl.float32))
         if HAS_PRIOR:
             prior = row[:, None] * prior_stride + column[None, :]
-            prior_log_var = _clamp(tl.load(prior_log_var_ptr + prior, mask=mask, other=0.0))
+            prior_log_var = clamp_log_var(tl.load(prior_log_var_ptr + prior, mask=mask, other=0.0))
             distance = mean - tl.load(prior_mean_ptr + prior, mask=mask, other=0.0)
             ratio = log_var - prior_log_var
-            kl = 0.5 * (distance * distance * tl.exp(-prior_log_var) + _exp_minus_one_minus_itself(ratio))
+            kl = 0.5 * (distance * distance * tl.exp(-prior_log_var) + exp_minus_one_minus_itself(ratio))
         else:
-            kl = 0.5 * (mean * mean + _exp_minus_one_minus_itself(log_var))
+            kl = 0.5 * (mean * mean + exp_minus_one_minus_itself(log_var))
         if SUM_LATENT:
             kl_sum += kl
         else:
@@ -215,7 +221,7 @@ def _gaussian_forward_kernel(
         deviation = tl.exp(0.5 * log_var)
         offset = tl.zeros((), tl.int64)
         for _ in range(num_samples):
-            noise = _noise(seed, offset, row, start, element, latent, QUADS, BLOCK_D)
+            noise = noise_tile(seed, offset, row, start, element, latent, QUADS, BLOCK_D)
             z = mean + deviation * noise
             tl.store(z_ptr + offset + element, z.to(z_ptr.dtype.element_ty), mask=mask)
             offset += sample_stride
@@ -259,7 +265,7 @@ def _gaussian_backward_kernel(
         element = row[:, None] * latent + column[None, :]
         mean = tl.load(mean_ptr + element, mask=mask, other=0.0).to(tl.float32)
         raw_log_var = tl.load(log_var_ptr + element, mask=mask, other=0.0).to(tl.float32)
-        log_var = _clamp(raw_log_var)
+        log_var = clamp_log_var(raw_log_var)
         if SUM_LATENT:
             grad_kl = tl.load(grad_kl_ptr + row, mask=row < rows, other=0.0)[:, None]
         else:
@@ -268,14 +274,14 @@ def _gaussian_backward_kernel(
         if HAS_PRIOR:
             prior = row[:, None] * prior_stride + column[None, :]
             raw_prior_log_var = tl.load(prior_log_var_ptr + prior, mask=mask, other=0.0)
-            prior_log_var = _clamp(raw_prior_log_var)
+            prior_log_var = clamp_log_var(raw_prior_log_var)
             distance = mean - tl.load(prior_mean_ptr + prior, mask=mask, other=0.0)
             scaled = distance * tl.exp(-prior_log_var)
-            excess = _exp_minus_one(log_var - prior_log_var)
+            excess = exp_minus_one(log_var - prior_log_var)
             grad_mean = grad_kl * scaled
             grad_log_var = 0.5 * grad_kl * excess
             kl_to_prior_log_var = -0.5 * grad_kl * (excess + distance * scaled)
-            kl_to_prior_log_var = tl.where(_outside(raw_prior_log_var), 0.0, kl_to_prior_log_var)
+            kl_to_prior_log_var = tl.where(outside(raw_prior_log_var), 0.0, kl_to_prior_log_var)
             if SHARED_PRIOR:
                 grad_prior_mean -= grad_mean
                 grad_prior_log_var += kl_to_prior_log_var
@@ -284,17 +290,17 @@ def _gaussian_backward_kernel(
                 tl.store(grad_prior_ptr + sample_stride + element, kl_to_prior_log_var, mask=mask)
         else:
             grad_mean = grad_kl * mean
-            grad_log_var = 0.5 * grad_kl * _exp_minus_one(log_var)
+            grad_log_var = 0.5 * grad_kl * exp_minus_one(log_var)
 
         half_deviation = 0.5 * tl.exp(0.5 * log_var)
         offset = tl.zeros((), tl.int64)
         for _ in range(num_samples):
-            noise = _noise(seed, offset, row, start, element, latent, QUADS, BLOCK_D)
+            noise = noise_tile(seed, offset, row, start, element, latent, QUADS, BLOCK_D)
             grad_z = tl.load(grad_z_ptr + offset + element, mask=mask, other=0.0).to(tl.float32)
             grad_mean += grad_z
             grad_log_var += grad_z * half_deviation * noise
             offset += sample_stride
-        grad_log_var = tl.where(_outside(raw_log_var), 0.0, grad_log_var)
+        grad_log_var = tl.where(outside(raw_log_var), 0.0, grad_log_var)
         tl.store(grad_mean_ptr + element, grad_mean.to(grad_mean_ptr.dtype.element_ty), mask=mask)
         tl.store(grad_log_var_ptr + element, grad_log_var.to(grad_log_var_ptr.dtype.element_ty), mask=mask)
 

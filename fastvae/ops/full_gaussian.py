@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.ops.backend import CORE, compute_dtype, dtype_code, first_order, large, pointer, recording, register
+from fastvae.ops.backend import (
+    CORE,
+    compute_dtype,
+    dtype_code,
+    first_order,
+    kernel,
+    large,
+    pointer,
+    recording,
+    register,
+)
 from fastvae.ops.checks import check_float, check_like, check_samples
 from fastvae.ops.gaussian import LOG_VAR_LIMIT, noise_like, z_shape
 from fastvae.ops.random import seed_of
@@ -93,6 +103,47 @@ def _cpu_sample_kl_backward(
     return grads
 
 
+# -------------------------------------------------------------------------------------------- Triton on CUDA
+_triton_forward = kernel("full_gaussian", "sample_kl_forward")
+_triton_backward = kernel("full_gaussian", "sample_kl_backward")
+
+
+def _cuda_sample_kl(
+    mean: Tensor, log_diagonal: Tensor, lower: Tensor, seed: Tensor, num_samples: int | None
+) -> tuple[Tensor, Tensor]:
+    if mean.dtype == torch.float64:
+        return reference_sample_kl(mean, log_diagonal, lower, seed, num_samples)
+    samples = 1 if num_samples is None else num_samples
+    z, kl = _triton_forward(*map(_matrix, (mean, log_diagonal, lower)), seed, samples)
+    return z.reshape(z_shape(mean, num_samples)), kl.reshape(mean.shape[:-1])
+
+
+def _cuda_sample_kl_backward(
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    mean: Tensor,
+    log_diagonal: Tensor,
+    lower: Tensor,
+    seed: Tensor,
+    num_samples: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if mean.dtype == torch.float64:
+        return reference_sample_kl_backward(grad_z, grad_kl, mean, log_diagonal, lower, seed, num_samples)
+    operands = [_matrix(t) for t in (mean, log_diagonal, lower)]
+    rows, latent = operands[0].shape
+    if grad_z is None:
+        grad_z = mean.new_zeros(z_shape(mean, num_samples))
+    if grad_kl is None:
+        grad_kl = mean.new_zeros(rows, dtype=torch.float32)
+    grad_z = grad_z.reshape(1 if num_samples is None else num_samples, rows, latent).contiguous()
+    grads = _triton_backward(grad_z, grad_kl.reshape(rows).contiguous(), *operands, seed)
+    return grads[0].reshape(mean.shape), grads[1].reshape(mean.shape), grads[2].reshape(lower.shape)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]).contiguous()
+
+
 # ------------------------------------------------------------------------------------------ schema, autograd
 def _fake_sample_kl(mean: Tensor, log_diagonal: Tensor, lower: Tensor, seed: Tensor,
                     num_samples: int | None) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -110,7 +161,7 @@ _sample_kl = register(
     reference=reference_sample_kl,
     fake=_fake_sample_kl,
     cpu=_cpu_sample_kl,
-    cuda=None,
+    cuda=_cuda_sample_kl,
 )
 _sample_kl_backward = register(
     "full_gaussian_sample_kl_backward(Tensor? grad_z, Tensor? grad_kl, Tensor mean, Tensor log_diagonal, "
@@ -118,7 +169,7 @@ _sample_kl_backward = register(
     reference=reference_sample_kl_backward,
     fake=_fake_sample_kl_backward,
     cpu=_cpu_sample_kl_backward,
-    cuda=None,
+    cuda=_cuda_sample_kl_backward,
 )
 
 

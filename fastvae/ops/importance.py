@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.ops.backend import CORE, compute_dtype, dtype_code, first_order, large, pointer, recording, register
+from fastvae.ops.backend import (
+    CORE,
+    compute_dtype,
+    dtype_code,
+    first_order,
+    kernel,
+    large,
+    pointer,
+    recording,
+    register,
+)
 from fastvae.ops.checks import check_float, check_like, check_samples
 from fastvae.ops.gaussian import LOG_VAR_LIMIT, check_log_var, noise_like, z_shape
 from fastvae.ops.random import seed_of
@@ -107,6 +117,63 @@ def _cpu_bound_backward(grad: Tensor, log_likelihood: Tensor, log_ratio: Tensor)
     return shares
 
 
+# -------------------------------------------------------------------------------------------- Triton on CUDA
+_triton_sample = kernel("importance", "sample_forward")
+_triton_sample_backward = kernel("importance", "sample_backward")
+_triton_bound = kernel("importance", "bound_forward")
+_triton_bound_backward = kernel("importance", "bound_backward")
+
+
+def _cuda_sample(mean: Tensor, log_var: Tensor, seed: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+    if mean.dtype == torch.float64:
+        return reference_sample(mean, log_var, seed, num_samples)
+    matrix = math.prod(mean.shape[:-1]), mean.shape[-1]
+    z, log_ratio = _triton_sample(
+        mean.reshape(matrix).contiguous(), log_var.reshape(matrix).contiguous(), seed, num_samples
+    )
+    shape = z_shape(mean, num_samples)
+    return z.reshape(shape), log_ratio.reshape(shape[:-1])
+
+
+def _cuda_sample_backward(
+    grad_z: Tensor | None, grad_log_ratio: Tensor | None, mean: Tensor, log_var: Tensor, seed: Tensor, num_samples: int
+) -> tuple[Tensor, Tensor]:
+    if mean.dtype == torch.float64:
+        return reference_sample_backward(grad_z, grad_log_ratio, mean, log_var, seed, num_samples)
+    rows, latent = math.prod(mean.shape[:-1]), mean.shape[-1]
+    if grad_z is None:
+        grad_z = mean.new_zeros((num_samples, rows, latent))
+    if grad_log_ratio is None:
+        grad_log_ratio = mean.new_zeros((num_samples, rows), dtype=torch.float32)
+    grads = _triton_sample_backward(
+        grad_z.reshape(num_samples, rows, latent).contiguous(),
+        grad_log_ratio.reshape(num_samples, rows).contiguous(),
+        mean.reshape(rows, latent).contiguous(),
+        log_var.reshape(rows, latent).contiguous(),
+        seed,
+    )
+    return grads[0].reshape(mean.shape), grads[1].reshape(mean.shape)
+
+
+def _cuda_bound(log_likelihood: Tensor, log_ratio: Tensor) -> Tensor:
+    if log_ratio.dtype == torch.float64:
+        return reference_bound(log_likelihood, log_ratio)
+    return _triton_bound(_samples_by_data(log_likelihood), _samples_by_data(log_ratio)).reshape(log_ratio.shape[1:])
+
+
+def _cuda_bound_backward(grad: Tensor, log_likelihood: Tensor, log_ratio: Tensor) -> Tensor:
+    if log_ratio.dtype == torch.float64:
+        return reference_bound_backward(grad, log_likelihood, log_ratio)
+    flat = grad.reshape(-1).contiguous()
+    return _triton_bound_backward(flat, _samples_by_data(log_likelihood), _samples_by_data(log_ratio)).reshape(
+        log_ratio.shape
+    )
+
+
+def _samples_by_data(tensor: Tensor) -> Tensor:
+    return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:])).contiguous()
+
+
 # ------------------------------------------------------------------------------------------ schema, autograd
 def _fake_sample(mean: Tensor, log_var: Tensor, seed: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
     z = z_shape(mean, num_samples)
@@ -118,7 +185,7 @@ _sample = register(
     reference=reference_sample,
     fake=_fake_sample,
     cpu=_cpu_sample,
-    cuda=None,
+    cuda=_cuda_sample,
 )
 _sample_backward = register(
     "gaussian_sample_log_ratio_backward(Tensor? grad_z, Tensor? grad_log_ratio, Tensor mean, Tensor log_var, "
@@ -126,7 +193,7 @@ _sample_backward = register(
     reference=reference_sample_backward,
     fake=lambda grad_z, grad_log_ratio, mean, *_: (mean.new_empty(mean.shape), mean.new_empty(mean.shape)),
     cpu=_cpu_sample_backward,
-    cuda=None,
+    cuda=_cuda_sample_backward,
 )
 _bound = register(
     "importance_weighted_bound(Tensor log_likelihood, Tensor log_ratio) -> Tensor",
@@ -135,14 +202,14 @@ _bound = register(
         log_likelihood.shape[1:], dtype=compute_dtype(log_likelihood)
     ),
     cpu=_cpu_bound,
-    cuda=None,
+    cuda=_cuda_bound,
 )
 _bound_backward = register(
     "importance_weighted_bound_backward(Tensor grad, Tensor log_likelihood, Tensor log_ratio) -> Tensor",
     reference=reference_bound_backward,
     fake=lambda grad, log_likelihood, _: log_likelihood.new_empty(log_likelihood.shape),
     cpu=_cpu_bound_backward,
-    cuda=None,
+    cuda=_cuda_bound_backward,
 )
 
 

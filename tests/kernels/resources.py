@@ -24,7 +24,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastvae.kernels import categorical, corruption, cross_entropy, gaussian, gru, likelihood, lstm, sparse
+from fastvae.kernels import (
+    categorical,
+    corruption,
+    cross_entropy,
+    full_gaussian,
+    gaussian,
+    gru,
+    importance,
+    likelihood,
+    lstm,
+    sparse,
+)
 
 ARCHITECTURES = (80, 90)
 TABLE = Path(__file__).parents[2] / "kernels" / "RESOURCES.md"
@@ -171,6 +182,22 @@ def _corruption(sizes: _Sizes, dtype: torch.dtype, noise: str, features: int = 7
     corruption.grad_weight(y, x, *arguments)
 
 
+def _full_gaussian(sizes: _Sizes, dtype: torch.dtype, latent: int) -> None:
+    mean, seed = _tensor(sizes.rows, latent, dtype=dtype), _tensor(1, dtype=torch.int64)
+    lower = _tensor(sizes.rows, latent * (latent - 1) // 2, dtype=dtype)
+    full_gaussian.sample_kl_forward(mean, mean, lower, seed, sizes.steps)
+    grad_z = _tensor(sizes.steps, *mean.shape, dtype=dtype)
+    full_gaussian.sample_kl_backward(grad_z, _tensor(sizes.rows), mean, mean, lower, seed)
+
+
+def _importance(sizes: _Sizes, dtype: torch.dtype, latent: int) -> None:
+    mean, seed = _tensor(sizes.rows, latent, dtype=dtype), _tensor(1, dtype=torch.int64)
+    z, log_ratio = importance.sample_forward(mean, mean, seed, sizes.steps)
+    importance.sample_backward(z, log_ratio, mean, mean, seed)
+    bound = importance.bound_forward(log_ratio, log_ratio)
+    importance.bound_backward(bound, log_ratio, log_ratio)
+
+
 def _cross_entropy(sizes: _Sizes, dtype: torch.dtype, label_smoothing: float = 0.0) -> None:
     hidden = _tensor(sizes.rows, 256, dtype=dtype)
     weight, bias = _tensor(10000, 256, dtype=dtype), _tensor(10000, dtype=dtype)
@@ -237,6 +264,11 @@ _CASES: dict[str, Callable[[_Sizes], None]] = {
     "masking in TF32": lambda n: _tf32(lambda n, dtype: _corruption(n, dtype, "masking"), n),
     "masking of 33 features in float32": lambda n: _corruption(n, torch.float32, "masking", 33),
     "Gaussian noise in bfloat16": lambda n: _corruption(n, torch.bfloat16, "gaussian"),
+    "full covariance, float32, latent 32": lambda n: _full_gaussian(n, torch.float32, 32),
+    "full covariance, bfloat16, latent 33": lambda n: _full_gaussian(n, torch.bfloat16, 33),
+    "full covariance, float32, latent 128": lambda n: _full_gaussian(n, torch.float32, 128),
+    "importance-weighted, float32, latent 20": lambda n: _importance(n, torch.float32, 20),
+    "importance-weighted, bfloat16, latent 50": lambda n: _importance(n, torch.bfloat16, 50),
     "logits in float32": lambda n: _cross_entropy(n, torch.float32),
     "logits in TF32": lambda n: _tf32(_cross_entropy, n),
     "logits in bfloat16": lambda n: _cross_entropy(n, torch.bfloat16),
