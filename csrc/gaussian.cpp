@@ -9,6 +9,31 @@
 namespace fastvae::FASTVAE_ISA {
 namespace {
 
+// Rows that lie apart, as the halves of one tensor's rows do, are brought together first.
+template <typename T>
+FASTVAE_INLINE const T *gather(const void *matrix, int64_t stride, const Block &b, T *buffer) {
+  const T *from = static_cast<const T *>(matrix) + b.row * stride + b.column;
+  if (b.rows == 1 || stride == b.columns) return from;
+  for (int64_t r = 0; r < b.rows; ++r) {
+    for (int64_t i = 0; i < b.columns; ++i) buffer[r * b.columns + i] = from[r * stride + i];
+  }
+  return buffer;
+}
+
+// And put in their places when all of the block is computed: where to, and that.
+template <typename T>
+FASTVAE_INLINE T *destination(void *matrix, int64_t stride, const Block &b, T *buffer) {
+  return b.rows == 1 || stride == b.columns ? static_cast<T *>(matrix) + b.row * stride + b.column : buffer;
+}
+template <typename T>
+FASTVAE_INLINE void scatter(void *matrix, int64_t stride, const Block &b, const T *from) {
+  T *to = static_cast<T *>(matrix) + b.row * stride + b.column;
+  if (from == to) return;
+  for (int64_t r = 0; r < b.rows; ++r) {
+    for (int64_t i = 0; i < b.columns; ++i) to[r * stride + i] = from[r * b.columns + i];
+  }
+}
+
 // Copies the prior's part of a block into (log_var clamped) arrays as dense as the block.
 template <typename C>
 FASTVAE_INLINE void load_prior(const Gaussian &g, const Block &b, C *mean, C *log_var) {
@@ -27,7 +52,6 @@ FASTVAE_INLINE void load_prior(const Gaussian &g, const Block &b, C *mean, C *lo
 template <typename T>
 void forward(const Gaussian &g, const GaussianOutputs &out) {
   using C = typename ComputeType<T>::type;
-  const T *mean = static_cast<const T *>(g.mean), *log_var = static_cast<const T *>(g.log_var);
   T *z = static_cast<T *>(out.z);
   C *kl = static_cast<C *>(out.kl);
   const Blocks blocks(g.rows, g.latent, kBlock);
@@ -43,14 +67,17 @@ void forward(const Gaussian &g, const GaussianOutputs &out) {
       const int64_t first = b.row * g.latent + b.column, n = b.count();
       alignas(64) C m[kBlock], std_dev[kBlock], divergence[kBlock];
       alignas(64) float noise_buffer[kBlock + 8];
+      T mean_buffer[kBlock], log_var_buffer[kBlock];
+      const T *mean = gather(g.mean, g.stride, b, mean_buffer),
+              *log_var = gather(g.log_var, g.stride, b, log_var_buffer);
 
       const int64_t ahead = min(n, size - first - n);
-      prefetch(mean + first + n, ahead);
-      prefetch(log_var + first + n, ahead);
+      prefetch(mean + n, ahead);
+      prefetch(log_var + n, ahead);
       if (g.prior_rows == 0) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
-          const C mu = load(mean[first + i]), lv = clamp(C(load(log_var[first + i])));
+          const C mu = load(mean[i]), lv = clamp(C(load(log_var[i])));
           const auto half = exp_pair(C(0.5) * lv);
           m[i] = mu;
           std_dev[i] = half.exp;
@@ -63,7 +90,7 @@ void forward(const Gaussian &g, const GaussianOutputs &out) {
         load_prior(g, b, prior_mean, prior_log_var);
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
-          const C mu = load(mean[first + i]), lv = clamp(C(load(log_var[first + i])));
+          const C mu = load(mean[i]), lv = clamp(C(load(log_var[i])));
           const C distance = mu - prior_mean[i], ratio = lv - prior_log_var[i];
           m[i] = mu;
           std_dev[i] = exp(C(0.5) * lv);
@@ -97,11 +124,14 @@ void forward(const Gaussian &g, const GaussianOutputs &out) {
 template <typename T>
 void backward(const Gaussian &g, const GaussianGradients &grad) {
   using C = typename ComputeType<T>::type;
-  const T *mean = static_cast<const T *>(g.mean), *log_var = static_cast<const T *>(g.log_var);
   const T *grad_z = static_cast<const T *>(grad.grad_z);
   const C *grad_kl = static_cast<const C *>(grad.grad_kl);
+<<<<<<< HEAD
   T *grad_mean = static_cast<T *>(grad.grad_mean), *grad_log_var = static_cast<T *>(grad.grad_log_var);
   const Blocks blocks(g.rows, g.latent, kBlock);
+=======
+  const Blocks blocks(g.rows, g.latent, kBlock);
+>>>>>>> a593e89 (Mixture log-density in C++; Gaussian sampling takes rows that lie apart)
   const uint64_t seed = uint64_t(*g.seed);
   const int64_t size = g.rows * g.latent;
   int threads = threads_for(size * max<int64_t>(g.samples, 1), kGrain);
@@ -114,10 +144,15 @@ void backward(const Gaussian &g, const GaussianGradients &grad) {
       const int64_t first = b.row * g.latent + b.column, n = b.count();
       alignas(64) C sum_z[kBlock], sum_noise[kBlock], weight[kBlock];
       alignas(64) float noise_buffer[kBlock + 8];
+      T mean_buffer[kBlock], log_var_buffer[kBlock];
+      const T *mean = gather(g.mean, g.stride, b, mean_buffer),
+              *log_var = gather(g.log_var, g.stride, b, log_var_buffer);
+      T *grad_mean = destination(grad.grad_mean, grad.grad_stride, b, mean_buffer);
+      T *grad_log_var = destination(grad.grad_log_var, grad.grad_stride, b, log_var_buffer);
 
       const int64_t ahead = min(n, size - first - n);
-      prefetch(mean + first + n, ahead);
-      prefetch(log_var + first + n, ahead);
+      prefetch(mean + n, ahead);
+      prefetch(log_var + n, ahead);
       if (grad_z) prefetch(grad_z + first + n, ahead);
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) sum_z[i] = sum_noise[i] = weight[i] = C(0);
@@ -142,12 +177,14 @@ void backward(const Gaussian &g, const GaussianGradients &grad) {
       if (g.prior_rows == 0) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
-          const C mu = load(mean[first + i]), raw = load(log_var[first + i]);
+          const C mu = load(mean[i]), raw = load(log_var[i]);
           const auto half = exp_pair(C(0.5) * clamp(raw));
           const C dlv = C(0.5) * (half.exp * sum_noise[i] + weight[i] * (half.expm1 * (half.exp + C(1))));
-          store(grad_mean[first + i], sum_z[i] + weight[i] * mu);
-          store(grad_log_var[first + i], clamped(raw) ? C(0) : dlv);
+          store(grad_mean[i], sum_z[i] + weight[i] * mu);
+          store(grad_log_var[i], clamped(raw) ? C(0) : dlv);
         }
+        scatter(grad.grad_mean, grad.grad_stride, b, grad_mean);
+        scatter(grad.grad_log_var, grad.grad_stride, b, grad_log_var);
         continue;
       }
 
@@ -155,15 +192,17 @@ void backward(const Gaussian &g, const GaussianGradients &grad) {
       load_prior(g, b, prior_mean, prior_log_var);
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
-        const C mu = load(mean[first + i]), raw = load(log_var[first + i]), lv = clamp(raw);
+        const C mu = load(mean[i]), raw = load(log_var[i]), lv = clamp(raw);
         const C distance = mu - prior_mean[i], precision = exp(-prior_log_var[i]);
         const C ratio = expm1(lv - prior_log_var[i]), pull = weight[i] * distance * precision;
         const C dlv = C(0.5) * (exp(C(0.5) * lv) * sum_noise[i] + weight[i] * ratio);
-        store(grad_mean[first + i], sum_z[i] + pull);
-        store(grad_log_var[first + i], clamped(raw) ? C(0) : dlv);
+        store(grad_mean[i], sum_z[i] + pull);
+        store(grad_log_var[i], clamped(raw) ? C(0) : dlv);
         prior_mean[i] = -pull;  // from here on the gradients of the prior
         prior_log_var[i] = C(-0.5) * (distance * pull + weight[i] * ratio);
       }
+      scatter(grad.grad_mean, grad.grad_stride, b, grad_mean);
+      scatter(grad.grad_log_var, grad.grad_stride, b, grad_log_var);
       C *prior_gradient = static_cast<C *>(grad.grad_prior);
       const C *raw_prior_log_var = static_cast<const C *>(g.prior_log_var);
       for (int64_t r = 0; r < b.rows; ++r) {

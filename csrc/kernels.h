@@ -8,13 +8,15 @@ namespace fastvae {
 // Storage types, numbered as in fastvae/ops/backend.py. Arithmetic is float, or double for kFloat64.
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-// Gaussian sampling + KL. mean, log_var, their gradients: (rows, latent) of `dtype`; z and grad_z: (samples, rows,
-// latent) of `dtype`; kl and grad_kl: (rows) or, without sum_latent, (rows, latent) of the compute type. The prior is
-// of the compute type with prior_rows rows: 0 (standard normal), 1 (shared) or `rows`. Null grad_z or grad_kl mean
-// zero.
+// Gaussian sampling + KL. mean, log_var, their gradients: (rows, latent) of `dtype`, the rows of the first two `stride`
+// apart, those of the gradients grad_stride; z and grad_z: (samples, rows, latent) of `dtype`; kl and grad_kl: (rows)
+// or, without sum_latent, (rows, latent) of the compute type. The prior is of the compute type with prior_rows rows:
+// 0 (standard normal), 1 (shared) or `rows`. Null grad_z or grad_kl mean zero.
 struct Gaussian {
   DType dtype;
-  const void *mean, *log_var, *prior_mean, *prior_log_var;
+  const void *mean, *log_var;
+  int64_t stride;
+  const void *prior_mean, *prior_log_var;
   int64_t prior_rows;
   const int64_t *seed;
   int64_t samples, rows, latent;
@@ -26,6 +28,7 @@ struct GaussianOutputs {
 struct GaussianGradients {
   const void *grad_z, *grad_kl;
   void *grad_mean, *grad_log_var;
+  int64_t grad_stride;
   void *grad_prior;  // (2, partials, latent), zeroed: partials is the number of threads for a shared prior, else rows
   int64_t partials;
 };
@@ -119,6 +122,18 @@ struct Corruption {
   const void *x;
   int64_t rows, columns, stride, first;
   void *out;  // (rows, columns)
+};
+
+// Log-density of points under a uniform mixture of diagonal Gaussians, all of float or double.
+struct Mixture {
+  bool is_double;
+  const void *z, *mean, *log_var;  // (rows, latent), (components, latent), (components, latent)
+  int64_t rows, components, latent;
+  void *log_density;                        // (rows): written forward, read backward
+  const void *grad;                         // (rows), of log_density
+  void *grad_z, *grad_mean, *grad_log_var;  // as z, mean, log_var
+  int64_t threads;                          // at most
+  void *memory;                             // scratch of mixture_workspace bytes, on a cache line
 };
 
 // Linear layer and cross-entropy. A row's loss is the sum over its `words` targets, those equal to ignore_index left
@@ -356,6 +371,9 @@ struct Kernels {
   void (*categorical_backward)(const Categorical &, const CategoricalGradients &);
   int64_t (*categorical_workspace)(DType dtype, int64_t classes);  // bytes
   void (*corrupt)(const Corruption &);
+  void (*mixture_forward)(const Mixture &);
+  void (*mixture_backward)(const Mixture &);
+  int64_t (*mixture_workspace)(const Mixture &, bool backward);  // bytes
   int64_t (*cross_entropy)(const CrossEntropy &);  // rows that have a target, or -1 - element of one out of range
   int64_t (*cross_entropy_workspace)(const CrossEntropy &);  // bytes
   int64_t (*pack_words)(const WordPacking &);

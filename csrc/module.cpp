@@ -18,11 +18,12 @@ using Address = uintptr_t;
 void *at(Address address) { return reinterpret_cast<void *>(address); }
 int64_t *integers(Address address) { return reinterpret_cast<int64_t *>(address); }
 
-Gaussian gaussian(int dtype, Address mean, Address log_var, Address prior_mean, Address prior_log_var,
+Gaussian gaussian(int dtype, Address mean, Address log_var, int64_t stride, Address prior_mean, Address prior_log_var,
                   int64_t prior_rows, Address seed, int64_t samples, int64_t rows, int64_t latent, bool sum_latent) {
   return {static_cast<DType>(dtype),
           at(mean),
           at(log_var),
+          stride,
           at(prior_mean),
           at(prior_log_var),
           prior_rows,
@@ -83,22 +84,48 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "gaussian_forward",
-      [](int dtype, Address mean, Address log_var, Address prior_mean, Address prior_log_var, int64_t prior_rows,
-         Address seed, Address z, Address kl, int64_t samples, int64_t rows, int64_t latent, bool sum_latent) {
-        kernels().gaussian_forward(gaussian(dtype, mean, log_var, prior_mean, prior_log_var, prior_rows, seed, samples,
-                                            rows, latent, sum_latent),
+      [](int dtype, Address mean, Address log_var, int64_t stride, Address prior_mean, Address prior_log_var,
+         int64_t prior_rows, Address seed, Address z, Address kl, int64_t samples, int64_t rows, int64_t latent,
+         bool sum_latent) {
+        kernels().gaussian_forward(gaussian(dtype, mean, log_var, stride, prior_mean, prior_log_var, prior_rows, seed,
+                                            samples, rows, latent, sum_latent),
                                    {at(z), at(kl)});
       },
       release);
   m.def(
       "gaussian_backward",
-      [](int dtype, Address grad_z, Address grad_kl, Address mean, Address log_var, Address prior_mean,
+      [](int dtype, Address grad_z, Address grad_kl, Address mean, Address log_var, int64_t stride, Address prior_mean,
          Address prior_log_var, int64_t prior_rows, Address seed, Address grad_mean, Address grad_log_var,
-         Address grad_prior, int64_t partials, int64_t samples, int64_t rows, int64_t latent, bool sum_latent) {
+         int64_t grad_stride, Address grad_prior, int64_t partials, int64_t samples, int64_t rows, int64_t latent,
+         bool sum_latent) {
         kernels().gaussian_backward(
-            gaussian(dtype, mean, log_var, prior_mean, prior_log_var, prior_rows, seed, samples, rows, latent,
+            gaussian(dtype, mean, log_var, stride, prior_mean, prior_log_var, prior_rows, seed, samples, rows, latent,
                      sum_latent),
-            {at(grad_z), at(grad_kl), at(grad_mean), at(grad_log_var), at(grad_prior), partials});
+            {at(grad_z), at(grad_kl), at(grad_mean), at(grad_log_var), grad_stride, at(grad_prior), partials});
+      },
+      release);
+
+  m.def("mixture_workspace",
+        [](bool backward, bool is_double, int64_t rows, int64_t components, int64_t latent, int64_t threads) {
+          Mixture p{};
+          p.is_double = is_double, p.rows = rows, p.components = components, p.latent = latent, p.threads = threads;
+          return kernels().mixture_workspace(p, backward);
+        });
+  m.def(
+      "mixture_forward",
+      [](bool is_double, Address z, Address mean, Address log_var, int64_t rows, int64_t components, int64_t latent,
+         Address log_density, int64_t threads, Address memory) {
+        kernels().mixture_forward({is_double, at(z), at(mean), at(log_var), rows, components, latent, at(log_density),
+                                   nullptr, nullptr, nullptr, nullptr, threads, at(memory)});
+      },
+      release);
+  m.def(
+      "mixture_backward",
+      [](bool is_double, Address z, Address mean, Address log_var, int64_t rows, int64_t components, int64_t latent,
+         Address log_density, Address grad, Address grad_z, Address grad_mean, Address grad_log_var, int64_t threads,
+         Address memory) {
+        kernels().mixture_backward({is_double, at(z), at(mean), at(log_var), rows, components, latent, at(log_density),
+                                    at(grad), at(grad_z), at(grad_mean), at(grad_log_var), threads, at(memory)});
       },
       release);
 

@@ -10,6 +10,9 @@ void gaussian_forward(const Gaussian &, const GaussianOutputs &);
 void gaussian_backward(const Gaussian &, const GaussianGradients &);
 bool likelihood_forward(const Likelihood &, void *nll);
 void likelihood_backward(const Likelihood &, const LikelihoodGradients &);
+void mixture_forward(const Mixture &);
+void mixture_backward(const Mixture &);
+int64_t mixture_workspace(const Mixture &, bool backward);
 void full_gaussian_forward(const FullGaussian &, const GaussianOutputs &);
 void full_gaussian_backward(const FullGaussian &, const FullGaussianGradients &);
 void log_ratio_forward(const LogRatio &, const LogRatioOutputs &);
@@ -56,6 +59,9 @@ const Kernels table = {
     categorical_backward,
     categorical_workspace,
     corrupt,
+    mixture_forward,
+    mixture_backward,
+    mixture_workspace,
     cross_entropy,
     cross_entropy_workspace,
     pack_words,

@@ -104,7 +104,7 @@ def _cpu_sample_kl(
     sum_latent: bool,
 ) -> tuple[Tensor, Tensor]:
     assert CORE is not None
-    mean, log_var = mean.contiguous(), log_var.contiguous()
+    mean, log_var, stride = _rows_apart(mean, log_var)
     samples = 1 if num_samples is None else num_samples
     rows, latent = _rows(mean)
     z = large(mean.new_empty(z_shape(mean, num_samples)))
@@ -114,7 +114,7 @@ def _cpu_sample_kl(
         prior_mean, prior_log_var = prior_mean.contiguous(), prior_log_var.contiguous()
         prior_rows = _prior_rows(prior_mean, rows)
     CORE.gaussian_forward(
-        dtype_code(mean), pointer(mean), pointer(log_var), pointer(prior_mean), pointer(prior_log_var),
+        dtype_code(mean), pointer(mean), pointer(log_var), stride, pointer(prior_mean), pointer(prior_log_var),
         prior_rows, pointer(seed), pointer(z), pointer(kl), samples, rows, latent, sum_latent,
     )  # fmt: skip
     return z, kl
@@ -132,12 +132,12 @@ def _cpu_sample_kl_backward(
     sum_latent: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert CORE is not None
-    mean, log_var = mean.contiguous(), log_var.contiguous()
+    mean, log_var, stride = _rows_apart(mean, log_var)
     grad_z = None if grad_z is None else grad_z.contiguous()
     grad_kl = None if grad_kl is None else grad_kl.contiguous()
     samples = 1 if num_samples is None else num_samples
     rows, latent = _rows(mean)
-    grad_mean, grad_log_var = large(torch.empty_like(mean)), large(torch.empty_like(log_var))
+    grad_mean, grad_log_var = (large(mean.new_empty(mean.shape)) for _ in range(2))
     prior_rows, grad_prior, partials = 0, None, 0
     if prior_mean is not None and prior_log_var is not None:
         prior_mean, prior_log_var = prior_mean.contiguous(), prior_log_var.contiguous()
@@ -146,9 +146,9 @@ def _cpu_sample_kl_backward(
         partials = torch.get_num_threads() if prior_rows == 1 else rows
         grad_prior = prior_mean.new_zeros((2, partials, latent))
     CORE.gaussian_backward(
-        dtype_code(mean), pointer(grad_z), pointer(grad_kl), pointer(mean), pointer(log_var),
+        dtype_code(mean), pointer(grad_z), pointer(grad_kl), pointer(mean), pointer(log_var), stride,
         pointer(prior_mean), pointer(prior_log_var), prior_rows, pointer(seed), pointer(grad_mean),
-        pointer(grad_log_var), pointer(grad_prior), partials, samples, rows, latent, sum_latent,
+        pointer(grad_log_var), latent, pointer(grad_prior), partials, samples, rows, latent, sum_latent,
     )  # fmt: skip
     if grad_prior is None or prior_mean is None:
         return grad_mean, grad_log_var, *_no_prior(mean)
@@ -156,6 +156,15 @@ def _cpu_sample_kl_backward(
         grad_prior = grad_prior.sum(1)
     shape = prior_mean.shape
     return grad_mean, grad_log_var, grad_prior[0].reshape(shape).clone(), grad_prior[1].reshape(shape).clone()
+
+
+def _rows_apart(mean: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor, int]:
+    # The halves of one layer's output need no copies: dense rows, evenly apart.
+    stride = mean.stride(-2) if mean.dim() > 1 else mean.shape[-1]
+    even = mean.stride() == log_var.stride() and mean.stride(-1) == 1 and mean.numel() > 0 and stride >= mean.shape[-1]
+    if even and all(mean.stride(i) == mean.stride(i + 1) * mean.shape[i + 1] for i in range(mean.dim() - 2)):
+        return mean, log_var, stride
+    return mean.contiguous(), log_var.contiguous(), mean.shape[-1]
 
 
 def _prior_rows(prior_mean: Tensor, rows: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.ops.backend import compute_dtype, first_order, recording, register
+from fastvae.ops.backend import CORE, compute_dtype, first_order, large, pointer, recording, register
 from fastvae.ops.checks import check_float, check_like
 from fastvae.ops.gaussian import LOG_VAR_LIMIT, gaussian_sample_kl
 
@@ -60,6 +60,44 @@ def gaussian_log_density(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     return -0.5 * ((z - mean).square() * torch.exp(-log_var) + (log_var + _LOG_2_PI)).sum(-1)
 
 
+# ----------------------------------------------------------------------------------------------- C++ on CPU
+def _cpu(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    assert CORE is not None
+    z, mean, log_var = _computed(z, mean, log_var)
+    is_double, sizes, threads = z.dtype == torch.float64, (*z.shape[:1], *mean.shape), torch.get_num_threads()
+    log_density = z.new_empty(z.shape[0])
+    memory = _workspace(False, is_double, sizes, threads)
+    CORE.mixture_forward(
+        is_double, pointer(z), pointer(mean), pointer(log_var), *sizes, pointer(log_density), threads, pointer(memory)
+    )
+    return log_density
+
+
+def _cpu_backward(
+    grad: Tensor, log_density: Tensor, z: Tensor, mean: Tensor, log_var: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    assert CORE is not None
+    operands = _computed(z, mean, log_var)
+    is_double, sizes = operands[0].dtype == torch.float64, (*z.shape[:1], *mean.shape)
+    threads = torch.get_num_threads()
+    grads = [large(t.new_empty(t.shape)) for t in operands]
+    memory, log_density, grad = _workspace(True, is_double, sizes, threads), log_density.contiguous(), grad.contiguous()
+    CORE.mixture_backward(
+        is_double, *map(pointer, operands), *sizes, pointer(log_density), pointer(grad), *map(pointer, grads), threads,
+        pointer(memory),
+    )  # fmt: skip
+    return grads[0].to(z.dtype), grads[1].to(mean.dtype), grads[2].to(log_var.dtype)
+
+
+def _computed(*tensors: Tensor) -> list[Tensor]:
+    return [t.to(compute_dtype(t)).contiguous() for t in tensors]
+
+
+def _workspace(backward: bool, is_double: bool, sizes: tuple[int, ...], threads: int) -> Tensor:
+    assert CORE is not None
+    return large(torch.empty(CORE.mixture_workspace(backward, is_double, *sizes, threads), dtype=torch.uint8))
+
+
 # ------------------------------------------------------------------------------------------ schema, autograd
 def _fake(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     return z.new_empty(z.shape[0], dtype=compute_dtype(z))
@@ -75,7 +113,7 @@ _mixture = register(
     "mixture_log_density(Tensor z, Tensor mean, Tensor log_var) -> Tensor",
     reference=reference,
     fake=_fake,
-    cpu=reference,
+    cpu=_cpu,
     cuda=reference,
 )
 _mixture_backward = register(
@@ -83,7 +121,7 @@ _mixture_backward = register(
     "-> (Tensor, Tensor, Tensor)",
     reference=reference_backward,
     fake=_fake_backward,
-    cpu=reference_backward,
+    cpu=_cpu_backward,
     cuda=reference_backward,
 )
 
