@@ -13,6 +13,7 @@ constexpr int64_t kGroup = 32;       // components side by side in vectors
 constexpr int64_t kRowBlock = 36;    // points at a time, whose log-densities with
 constexpr int64_t kBlockGroups = 8;  // groups of components stay in the first-level cache
 constexpr int64_t kCache = 1 << 19;  // bytes of components and their gradients to stay in the second-level cache
+constexpr int64_t kSummed = 16;      // dimensions in one sum
 constexpr int64_t kGrain = 1 << 15;  // points * components * dimensions worth a thread
 constexpr double kLogVarLimit = 40.0, kHalfLogTwoPi = 0.91893853320467274;
 // Weights smaller than its exponential count as zero: they change no digit of a sum of weights, which is 1, and numbers
@@ -67,26 +68,33 @@ FASTVAE_INLINE void pack_group(const Mixture &p, int64_t group, T *to) {
   }
 }
 
-// out[r][j] = log N(z_r; mean_j, var_j) for kRows points and a group of components.
+// out[r][j] = log N(z_r; mean_j, var_j) for kRows points and a group of components. Sums of kSummed dimensions are
+// summed again: so the rounding of a long sum stays that of PyTorch's, which has many parts too.
 template <typename T, int kRows>
 static __attribute__((noinline)) void log_densities(int64_t latent, const T *z, const T *group, T *out,
                                                     int64_t out_stride) {
   constexpr int kV = kGroupVectors<T>, kW = kWidth<T>;
-  Vector<T> sums[kRows][kV] = {};
-  for (int64_t d = 0; d < latent; ++d, group += 2 * kGroup) {
-    Vector<T> mean[kV], precision[kV];
-    for (int v = 0; v < kV; ++v) mean[v] = vector_at(group + v * kW), precision[v] = vector_at(group + kGroup + v * kW);
-    for (int r = 0; r < kRows; ++r) {
-      const T scalar = z[r * latent + d];
+  const T *constants = group + 2 * latent * kGroup;
+  for (int64_t first = 0; first == 0 || first < latent; first += kSummed) {
+    Vector<T> sums[kRows][kV] = {};
+    for (int64_t d = first; d < min(latent, first + kSummed); ++d, group += 2 * kGroup) {
+      Vector<T> mean[kV], precision[kV];
       for (int v = 0; v < kV; ++v) {
-        const Vector<T> distance = scalar - mean[v];
-        sums[r][v] += distance * (distance * precision[v]);
+        mean[v] = vector_at(group + v * kW), precision[v] = vector_at(group + kGroup + v * kW);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const T scalar = z[r * latent + d];
+        for (int v = 0; v < kV; ++v) {
+          const Vector<T> distance = scalar - mean[v];
+          sums[r][v] += distance * (distance * precision[v]);
+        }
       }
     }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kV; ++v) {
-      vector_at(out + r * out_stride + v * kW) = vector_at(group + v * kW) - T(0.5) * sums[r][v];
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kV; ++v) {
+        T *to = out + r * out_stride + v * kW;
+        vector_at(to) = (first == 0 ? vector_at(constants + v * kW) : vector_at(to)) - T(0.5) * sums[r][v];
+      }
     }
   }
 }

@@ -6,6 +6,7 @@ from fastvae.ops.cross_entropy import bag_of_words_loss, linear_cross_entropy
 from fastvae.ops.dictionary import dictionary_update
 from fastvae.ops.full_gaussian import full_gaussian_sample_kl, scale_tril
 from fastvae.ops.gaussian import gaussian_kl, gaussian_sample_kl
+from fastvae.ops.gaussian_head import gaussian_head
 from fastvae.ops.gru import gru, gru_decode
 from fastvae.ops.importance import gaussian_sample_log_ratio, importance_weighted_bound
 from fastvae.ops.layer_norm_lstm import layer_norm_lstm, layer_norm_lstm_decode
@@ -35,6 +36,7 @@ __all__ = [
     "duality_gap",
     "fista",
     "full_gaussian_sample_kl",
+    "gaussian_head",
     "gaussian_kl",
     "gaussian_nll",
     "gaussian_sample_kl",

@@ -94,7 +94,7 @@ def noise_like(mean: Tensor, seed: Tensor, num_samples: int | None) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------- C++ on CPU
-def _cpu_sample_kl(
+def cpu_sample_kl(
     mean: Tensor,
     log_var: Tensor,
     prior_mean: Tensor | None,
@@ -103,6 +103,7 @@ def _cpu_sample_kl(
     num_samples: int | None,
     sum_latent: bool,
 ) -> tuple[Tensor, Tensor]:
+    """`reference_sample_kl` by the C++ core."""
     assert CORE is not None
     mean, log_var, stride = _rows_apart(mean, log_var)
     samples = 1 if num_samples is None else num_samples
@@ -186,7 +187,7 @@ _triton_forward = kernel("gaussian", "sample_kl_forward")
 _triton_backward = kernel("gaussian", "sample_kl_backward")
 
 
-def _cuda_sample_kl(
+def cuda_sample_kl(
     mean: Tensor,
     log_var: Tensor,
     prior_mean: Tensor | None,
@@ -195,6 +196,7 @@ def _cuda_sample_kl(
     num_samples: int | None,
     sum_latent: bool,
 ) -> tuple[Tensor, Tensor]:
+    """`reference_sample_kl` by the Triton kernel, or by itself in float64."""
     if mean.dtype == torch.float64:
         return reference_sample_kl(mean, log_var, prior_mean, prior_log_var, seed, num_samples, sum_latent)
     matrix, samples = _rows(mean), 1 if num_samples is None else num_samples
@@ -205,7 +207,7 @@ def _cuda_sample_kl(
     return z.reshape(z_shape(mean, num_samples)), kl.reshape(mean.shape[:-1] if sum_latent else mean.shape)
 
 
-def _cuda_sample_kl_backward(
+def cuda_sample_kl_backward(
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
     mean: Tensor,
@@ -216,6 +218,7 @@ def _cuda_sample_kl_backward(
     num_samples: int | None,
     sum_latent: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference_sample_kl_backward` by the Triton kernel, or by itself in float64."""
     if mean.dtype == torch.float64:
         return reference_sample_kl_backward(
             grad_z, grad_kl, mean, log_var, prior_mean, prior_log_var, seed, num_samples, sum_latent
@@ -263,8 +266,8 @@ _sample_kl = register(
     "SymInt? num_samples, bool sum_latent) -> (Tensor, Tensor)",
     reference=reference_sample_kl,
     fake=_fake_sample_kl,
-    cpu=_cpu_sample_kl,
-    cuda=_cuda_sample_kl,
+    cpu=cpu_sample_kl,
+    cuda=cuda_sample_kl,
 )
 _sample_kl_backward = register(
     "gaussian_sample_kl_backward(Tensor? grad_z, Tensor? grad_kl, Tensor mean, Tensor log_var, "
@@ -273,7 +276,7 @@ _sample_kl_backward = register(
     reference=reference_sample_kl_backward,
     fake=_fake_sample_kl_backward,
     cpu=_cpu_sample_kl_backward,
-    cuda=_cuda_sample_kl_backward,
+    cuda=cuda_sample_kl_backward,
 )
 
 

@@ -31,17 +31,17 @@ def reference_backward(
     grad: Tensor, log_density: Tensor, z: Tensor, mean: Tensor, log_var: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `reference` by autograd; `log_density` is its result, for kernels that do not compute it again."""
-    compute, chunk = compute_dtype(z), _reference_chunk(mean)
-    grad_z = []
+    compute = compute_dtype(z)
+    grad_z = torch.zeros(z.shape, dtype=compute, device=z.device)
     totals = [torch.zeros(mean.shape, dtype=compute, device=mean.device) for _ in range(2)]
-    for rows, grad_rows in zip(z.split(chunk), grad.split(chunk), strict=True):
+    # A point whose density is below the range has no gradient; that of logsumexp would be NaN.
+    for rows in (~log_density.isneginf()).nonzero().squeeze(1).split(_reference_chunk(mean)):
         with recording():
-            leaves = [t.detach().to(compute).requires_grad_() for t in (rows, mean, log_var)]
+            leaves = [t.detach().to(compute).requires_grad_() for t in (z[rows], mean, log_var)]
             density = _reference_rows(*leaves)
-        grads = torch.autograd.grad(density, leaves, grad_rows)
-        grad_z.append(grads[0])
-        totals = [total + g for total, g in zip(totals, grads[1:], strict=True)]
-    return torch.cat(grad_z).to(z.dtype), totals[0].to(mean.dtype), totals[1].to(log_var.dtype)
+        grad_z[rows], *grads = torch.autograd.grad(density, leaves, grad[rows])
+        totals = [total + g for total, g in zip(totals, grads, strict=True)]
+    return grad_z.to(z.dtype), totals[0].to(mean.dtype), totals[1].to(log_var.dtype)
 
 
 def _reference_rows(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:

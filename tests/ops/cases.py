@@ -19,6 +19,7 @@ from fastvae.functional import (
     corrupted_linear,
     fista,
     full_gaussian_sample_kl,
+    gaussian_head,
     gaussian_kl,
     gaussian_nll,
     gaussian_sample_kl,
@@ -33,6 +34,8 @@ from fastvae.functional import (
     linear_cross_entropy,
     lstm,
     lstm_decode,
+    mixture_log_density,
+    mutual_information,
     top_k_decode,
     top_k_encode,
 )
@@ -196,11 +199,34 @@ def _ista_inputs(dtype, batch):
     return tensors | {"l1": torch.full((batch,), 0.1, dtype=dtype)}
 
 
+def _gaussian_head_inputs(dtype, batch):
+    random = torch.Generator().manual_seed(batch)
+    shapes = {"hidden": (batch, 33), "weight": (14, 33), "bias": (14,)}
+    tensors = {name: (0.3 * torch.randn(shape, generator=random)).to(dtype) for name, shape in shapes.items()}
+    return tensors | {"seed": torch.tensor([7])}
+
+
+def _mixture_inputs(dtype, batch):
+    random = torch.Generator().manual_seed(batch)
+    shapes = {"z": (batch, 7), "mean": (2 * batch, 7), "log_var": (2 * batch, 7)}
+    return {name: torch.randn(shape, generator=random).to(dtype) for name, shape in shapes.items()}
+
+
+def _information_inputs(dtype, batch):
+    tensors = _mixture_inputs(dtype, batch)
+    return {"mean": tensors["mean"], "log_var": tensors["log_var"], "seed": torch.tensor([7])}
+
+
 CASES = {
     "gaussian_sample_kl": Case(
         lambda **tensors: gaussian_sample_kl(**tensors, num_samples=2, reduction="none"), _gaussian_inputs
     ),
     "gaussian_kl": Case(lambda seed, **tensors: (gaussian_kl(**tensors),), _gaussian_inputs),
+    "gaussian_head": Case(
+        lambda **tensors: gaussian_head(**tensors, num_samples=2, reduction="none"), _gaussian_head_inputs
+    ),
+    "mixture_log_density": Case(lambda **tensors: (mixture_log_density(**tensors),), _mixture_inputs),
+    "mutual_information": Case(lambda **tensors: (mutual_information(**tensors),), _information_inputs),
     "bernoulli_nll": Case(lambda **tensors: (bernoulli_nll(**tensors),), _bernoulli_inputs),
     "gaussian_nll": Case(lambda **tensors: (gaussian_nll(**tensors),), _likelihood_inputs),
     "gaussian_nll full": Case(
