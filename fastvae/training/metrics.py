@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastvae import functional
 from fastvae.training.checkpoint import replace_atomically
 
 if TYPE_CHECKING:
@@ -119,8 +120,8 @@ class PosteriorSample:
                 self.rows[place] = row
 
 
-def mutual_information(mean: torch.Tensor, log_var: torch.Tensor, *, seed: int = 0, chunk: int = 256) -> float:
-    """Estimate I(z;x) = E_x KL(q(z|x) || q(z)) under the uniform distribution over the given posteriors.
+def mutual_information(mean: torch.Tensor, log_var: torch.Tensor, *, seed: int = 0) -> float:
+    """Estimate I(z;x) = E_x KL(q(z|x) || q(z)) under the uniform distribution over the given posteriors, in float64.
 
     One z is drawn from each posterior, and q(z) is the exact mixture of all of them, so the estimate is at
     most log(sentences) up to noise: with a few thousand posteriors, values near 8 nats are a lower bound.
@@ -128,29 +129,14 @@ def mutual_information(mean: torch.Tensor, log_var: torch.Tensor, *, seed: int =
     Args:
         mean, log_var: posteriors, shape (sentences, latent).
         seed: of the draws.
-        chunk: rows of the (sentences, sentences) matrix of densities held at a time.
 
     Returns:
         The estimate in nats; 0 for no sentences.
 
     Source: Hoffman and Johnson 2016, "ELBO surgery".
     """
-    mean, log_var = mean.double(), log_var.double()
-    count, latent = mean.shape
-    if count == 0:
-        return 0.0
-    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    z = mean + (0.5 * log_var).exp() * noise
-    own = -0.5 * (noise.square() + log_var + math.log(2 * math.pi)).sum(-1)
-    precision = (-log_var).exp()
-    # sum_d (z - m)^2 / v expanded, so that the largest tensor is (chunk, sentences) and not times latent
-    constant = (mean.square() * precision + log_var).sum(-1) + latent * math.log(2 * math.pi)
-    total = 0.0
-    for rows, own_rows in zip(z.split(chunk), own.split(chunk), strict=True):
-        squares = rows.square() @ precision.T - 2 * rows @ (mean * precision).T + constant
-        mixture = torch.logsumexp(-0.5 * squares, dim=1) - math.log(count)
-        total += float((own_rows - mixture).sum())
-    return total / count
+    draw = torch.tensor([seed], device=mean.device)
+    return functional.mutual_information(mean.double(), log_var.double(), seed=draw).item()
 
 
 @torch.no_grad()

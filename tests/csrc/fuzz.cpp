@@ -294,23 +294,30 @@ void fuzz_gaussian(Case &c) {
   const int prior = int(r.below(3));
   const int64_t prior_rows = prior == 0 ? 0 : prior == 1 || rows == 1 ? 1 : rows;
   const bool sum_latent = r.one_in(2), has_grad_z = !r.one_in(4), has_grad_kl = !r.one_in(4);
-  c.describe("dtype samples rows latent prior_rows sum", kind, samples, rows, latent, prior_rows, sum_latent);
-  const Array mean = c.reals(kind, size, -3, 3), log_var = c.reals(kind, size, -4, 2), seed = c.seed();
+  const int64_t stride = latent + (r.one_in(2) ? r.between(1, 9) : 0), grad_stride = latent + (r.one_in(2) ? 3 : 0);
+  c.describe("dtype samples rows latent prior_rows sum stride", kind, samples, rows, latent, prior_rows, sum_latent,
+             stride);
+  const int64_t apart = rows > 0 ? (rows - 1) * stride + latent : 0;
+  const int64_t grads_apart = rows > 0 ? (rows - 1) * grad_stride + latent : 0;
+  const Array mean = c.reals(kind, apart, -3, 3), log_var = c.reals(kind, apart, -4, 2), seed = c.seed();
   const Array prior_mean = c.reals(compute, prior_rows * latent, -2, 2);
   const Array prior_log_var = c.reals(compute, prior_rows * latent, -2, 2);
   const int64_t kl_size = sum_latent ? rows : size;
   const Array grad_z = c.reals(kind, has_grad_z ? samples * size : 0, -1, 1);
   const Array grad_kl = c.reals(compute, has_grad_kl ? kl_size : 0, -1, 1);
-  const Gaussian g{DType(kind),     mean,    log_var, prior_mean, prior_log_var, prior_rows,
-                   seed.integers(), samples, rows,    latent,     sum_latent};
+  const Gaussian g{DType(kind),     mean,    log_var, stride, prior_mean, prior_log_var, prior_rows,
+                   seed.integers(), samples, rows,    latent, sum_latent};
   // The noise is float32, a few units of which may differ.
   const double tolerance = std::fmax(tolerance_of(kind), 1e-4);
   c.run([&](const Kernels &k, int threads, Results &results) {
     Array z(kind, samples * size), kl(compute, kl_size);
     k.gaussian_forward(g, {z, kl});
     const int64_t partials = prior_rows == 1 ? threads : prior_rows;
-    Array grad_mean(kind, size), grad_log_var(kind, size), grad_prior = zeros(compute, 2 * partials * latent);
-    k.gaussian_backward(g, {grad_z, grad_kl, grad_mean, grad_log_var, grad_prior, partials});
+    // What lies between rows is no output.
+    Array grad_mean = zeros(kind, grads_apart), grad_log_var = zeros(kind, grads_apart);
+    if (grad_stride == latent) grad_mean = Array(kind, size), grad_log_var = Array(kind, size);
+    Array grad_prior = zeros(compute, 2 * partials * latent);
+    k.gaussian_backward(g, {grad_z, grad_kl, grad_mean, grad_log_var, grad_stride, grad_prior, partials});
     Array sums = zeros(compute, 2 * prior_rows * latent);
     for (int64_t half = 0; half < 2 * (prior_rows > 0); ++half) {
       for (int64_t i = 0; i < partials * latent; ++i) {
@@ -495,6 +502,33 @@ void fuzz_corrupt(Case &c) {
     k.corrupt(
         {DType(kind), noise, level, -0.5, 2, seed.integers(), in_place ? out : x, rows, columns, stride, first, out});
     results.push_back({"out", std::move(out), true, noise == kGaussianNoise ? std::fmax(tolerance_of(kind), 1e-5) : 0});
+  });
+}
+
+void fuzz_mixture(Case &c) {
+  Random &r = c.random;
+  const Kind kind = c.float_or_double();
+  const int64_t latent = r.size(r.one_in(4) ? 130 : 40), large = r.one_in(4) ? 600 : 90;
+  const int64_t rows = r.size(large), components = rows == 0 && r.one_in(2) ? 0 : 1 + r.size(large - 1);
+  c.describe("dtype rows components latent", kind, rows, components, latent);
+  const Array z = c.reals(kind, rows * latent, -3, 3), mean = c.reals(kind, components * latent, -3, 3);
+  const Array log_var = c.reals(kind, components * latent, -2, 2), grad = c.reals(kind, rows, -1, 1);
+  // The exponential of a log-density has the absolute rounding of that for a relative one.
+  const double tolerance = kind == kF64 ? 1e-9 : 2e-3;
+  c.run([&](const Kernels &k, int threads, Results &results) {
+    Array log_density(kind, rows), grad_z(kind, rows * latent);
+    Array grad_mean(kind, components * latent), grad_log_var(kind, components * latent);
+    Mixture p{kind == kF64, z,       mean,    log_var, rows,    components, latent,
+              log_density,  nullptr, nullptr, nullptr, nullptr, threads,    nullptr};
+    const Array forward(kI8, k.mixture_workspace(p, false)), backward(kI8, k.mixture_workspace(p, true));
+    p.memory = forward;
+    k.mixture_forward(p);
+    p.grad = grad, p.grad_z = grad_z, p.grad_mean = grad_mean, p.grad_log_var = grad_log_var, p.memory = backward;
+    k.mixture_backward(p);
+    results.push_back({"log_density", std::move(log_density), true, tolerance_of(kind)});
+    results.push_back({"grad_z", std::move(grad_z), false, tolerance});
+    results.push_back({"grad_mean", std::move(grad_mean), true, tolerance});
+    results.push_back({"grad_log_var", std::move(grad_log_var), true, tolerance});
   });
 }
 
@@ -1114,6 +1148,7 @@ const Entry kEntries[] = {{"gaussian", fuzz_gaussian},
                           {"likelihood", fuzz_likelihood},
                           {"categorical", fuzz_categorical},
                           {"corrupt", fuzz_corrupt},
+                          {"mixture", fuzz_mixture},
                           {"cross_entropy", fuzz_cross_entropy},
                           {"pack_words", fuzz_pack_words},
                           {"lstm", fuzz_lstm},

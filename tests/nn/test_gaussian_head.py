@@ -63,3 +63,22 @@ def test_wrong_arguments_are_named(head):
         head(torch.randn(5, 7))
     with pytest.raises(ValueError, match="latent_dim"):
         GaussianHead(6, 0)
+
+
+def test_fused_gives_the_same_numbers_and_gradients(head):
+    fused = GaussianHead(6, 4, fused=True)
+    fused.load_state_dict(head.state_dict())
+    hidden, seed = torch.randn(5, 6, requires_grad=True), torch.tensor([3])
+    for how in ({}, {"num_samples": 3, "reduction": "none"}):
+        ours, two = fused(hidden, seed=seed, **how), head(hidden, seed=seed, **how)
+        torch.testing.assert_close(tuple(ours), tuple(two), rtol=0, atol=0)
+        grads = [
+            torch.autograd.grad([o.square().sum() for o in outputs], (hidden, *layer.parameters()))
+            for outputs, layer in ((ours, fused), (two, head))
+        ]
+        torch.testing.assert_close(*grads)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = fused(hidden.bfloat16(), seed=seed)
+    torch.testing.assert_close(mixed.kl, fused(hidden.bfloat16().float(), seed=seed).kl)
+    with pytest.raises(ValueError, match="hidden: expected"):
+        fused(torch.randn(5, 7))
