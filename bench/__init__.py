@@ -10,6 +10,8 @@ FAMILIES = (
     "full_gaussian",
     "importance",
     "likelihood",
+    "posterior",
+    "vae",
     "categorical",
     "corruption",
     "cross_entropy",

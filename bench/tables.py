@@ -25,6 +25,8 @@ _TITLES = {
     "gru": "GRU",
     "generation": "Generation",
     "sparse": "Sparse coding",
+    "posterior": "Aggregated posterior",
+    "vae": "Whole VAE",
 }
 
 
