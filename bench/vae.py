@@ -94,7 +94,7 @@ class Trainer:
         return sum(self.step(images) for images, _ in loader)
 
     def gradients(self) -> Tensor:
-        """The gradient of the sum over a batch, in our layout, in a row, where q(z|x) is so narrow that z is its mean."""
+        """The gradient of a batch's sum in our layout, in a row, with q(z|x) so narrow that z is its mean."""
         with torch.no_grad():
             self.narrow()
         self.optimizer.zero_grad()
@@ -103,7 +103,7 @@ class Trainer:
         return torch.cat([grad.flatten() for grad in self.in_order(grads)])
 
     def narrow(self) -> None:
-        self.model.fc22.bias -= 20
+        self.model.fc22.bias -= 30
 
     def in_order(self, grads: dict[str, Tensor]) -> list[Tensor]:
         return in_our_layout(grads)
@@ -125,7 +125,7 @@ class OurTrainer(Trainer):
         return self.model(x).loss
 
     def narrow(self) -> None:
-        self.model.head.linear.bias[LATENT:] -= 20
+        self.model.head.linear.bias[LATENT:] -= 30
 
     def epoch(self) -> float:
         return sum(self.step(self.images[rows]) for rows in torch.randperm(len(self.images)).split(BATCH))

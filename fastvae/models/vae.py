@@ -108,9 +108,13 @@ class VAE(nn.Module):
             raise ValueError(f"log_var: expected None for likelihood {likelihood!r}, got {log_var}")
         weight = next((p for p in encoder.parameters() if p.is_floating_point()), torch.empty(0))
         made: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        head = GaussianHead if posterior == "diagonal" else FullGaussianHead
         self.encoder = encoder
-        self.head = head(_feature_count(encoder, features), latent_dim, **made)
+        count = _feature_count(encoder, features)
+        self.head: GaussianHead | FullGaussianHead = (
+            GaussianHead(count, latent_dim, fused=True, **made)
+            if posterior == "diagonal"
+            else FullGaussianHead(count, latent_dim, **made)
+        )
         self.decoder = decoder
         self.latent_dim = latent_dim
         self.likelihood = likelihood
