@@ -3,6 +3,7 @@
 // Work: a subtraction, a product and a fused multiply-add for each point, component and dimension, and one exponential
 // for each pair; the expanded square would be two large products, and lose the digits of narrow components. Bytes: the
 // components are read once for each kRowBlock points, from the second-level cache or beyond, at a few bytes a cycle.
+#include "elementwise.h"
 #include "gemm.h"
 #include "vecmath.h"
 
@@ -15,7 +16,7 @@ constexpr int64_t kBlockGroups = 8;  // groups of components stay in the first-l
 constexpr int64_t kCache = 1 << 19;  // bytes of components and their gradients to stay in the second-level cache
 constexpr int64_t kSummed = 16;      // dimensions in one sum
 constexpr int64_t kGrain = 1 << 15;  // points * components * dimensions worth a thread
-constexpr double kLogVarLimit = 40.0, kHalfLogTwoPi = 0.91893853320467274;
+constexpr double kHalfLogTwoPi = 0.91893853320467274;
 // Weights smaller than its exponential count as zero: they change no digit of a sum of weights, which is 1, and numbers
 // below the normal range would slow the arithmetic down a hundredfold.
 constexpr double kLeastLogWeight = -60.0;
@@ -39,12 +40,6 @@ FASTVAE_INLINE const Vector<T> &vector_at(const T *p) {
 // A group holds, for each dimension, kGroup means and kGroup precisions; then kGroup terms that no point changes.
 FASTVAE_INLINE int64_t group_size(int64_t latent) { return (2 * latent + 1) * kGroup; }
 FASTVAE_INLINE int64_t group_count(const Mixture &p) { return (p.components + kGroup - 1) / kGroup; }
-
-template <typename T>
-FASTVAE_INLINE T clamp(T x) {
-  x = x < T(-kLogVarLimit) ? T(-kLogVarLimit) : x;  // in this order NaN stays NaN
-  return x > T(kLogVarLimit) ? T(kLogVarLimit) : x;
-}
 
 template <typename T>
 FASTVAE_INLINE void pack_group(const Mixture &p, int64_t group, T *to) {
@@ -280,7 +275,7 @@ void backward(const Mixture &p) {
         const int64_t to = component * p.latent + d;
         const T half = T(0.5) * (from[(2 * d + 1) * kGroup] - from[2 * p.latent * kGroup]);
         grad_mean[to] = from[2 * d * kGroup];
-        grad_log_var[to] = log_var[to] < T(-kLogVarLimit) || log_var[to] > T(kLogVarLimit) ? T(0) : half;
+        grad_log_var[to] = clamped(log_var[to]) ? T(0) : half;
       }
     }
     barrier();

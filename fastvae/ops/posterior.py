@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.ops.backend import CORE, compute_dtype, first_order, large, pointer, recording, register
+from fastvae.ops.backend import CORE, compute_dtype, first_order, kernel, large, pointer, recording, register
 from fastvae.ops.checks import check_float, check_like
 from fastvae.ops.gaussian import LOG_VAR_LIMIT, gaussian_sample_kl
 
@@ -98,6 +98,22 @@ def _workspace(backward: bool, is_double: bool, sizes: tuple[int, ...], threads:
     return large(torch.empty(CORE.mixture_workspace(backward, is_double, *sizes, threads), dtype=torch.uint8))
 
 
+# -------------------------------------------------------------------------------------------- Triton on CUDA
+_triton_forward = kernel("posterior", "forward")
+_triton_backward = kernel("posterior", "backward")
+
+
+def _cuda(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    return (reference if z.dtype == torch.float64 else _triton_forward)(z, mean, log_var)
+
+
+def _cuda_backward(
+    grad: Tensor, log_density: Tensor, z: Tensor, mean: Tensor, log_var: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    compute = reference_backward if z.dtype == torch.float64 else _triton_backward
+    return compute(grad, log_density, z, mean, log_var)
+
+
 # ------------------------------------------------------------------------------------------ schema, autograd
 def _fake(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     return z.new_empty(z.shape[0], dtype=compute_dtype(z))
@@ -114,7 +130,7 @@ _mixture = register(
     reference=reference,
     fake=_fake,
     cpu=_cpu,
-    cuda=reference,
+    cuda=_cuda,
 )
 _mixture_backward = register(
     "mixture_log_density_backward(Tensor grad, Tensor log_density, Tensor z, Tensor mean, Tensor log_var) "
@@ -122,7 +138,7 @@ _mixture_backward = register(
     reference=reference_backward,
     fake=_fake_backward,
     cpu=_cpu_backward,
-    cuda=reference_backward,
+    cuda=_cuda_backward,
 )
 
 
