@@ -34,6 +34,7 @@ from fastvae.kernels import (
     importance,
     likelihood,
     lstm,
+    posterior,
     sparse,
 )
 
@@ -198,6 +199,13 @@ def _importance(sizes: _Sizes, dtype: torch.dtype, latent: int) -> None:
     importance.bound_backward(bound, log_ratio, log_ratio)
 
 
+def _mixture(sizes: _Sizes, latent: int) -> None:
+    z, density = _tensor(sizes.rows, latent), _tensor(sizes.rows)
+    mixture = _tensor(sizes.rows + sizes.steps, latent)
+    posterior.forward(z, mixture, mixture)
+    posterior.backward(density, density, z, mixture, mixture)
+
+
 def _cross_entropy(sizes: _Sizes, dtype: torch.dtype, label_smoothing: float = 0.0) -> None:
     hidden = _tensor(sizes.rows, 256, dtype=dtype)
     weight, bias = _tensor(10000, 256, dtype=dtype), _tensor(10000, dtype=dtype)
@@ -269,6 +277,8 @@ _CASES: dict[str, Callable[[_Sizes], None]] = {
     "full covariance, float32, latent 128": lambda n: _full_gaussian(n, torch.float32, 128),
     "importance-weighted, float32, latent 20": lambda n: _importance(n, torch.float32, 20),
     "importance-weighted, bfloat16, latent 50": lambda n: _importance(n, torch.bfloat16, 50),
+    "mixture, latent 32": lambda n: _mixture(n, 32),
+    "mixture, latent 33": lambda n: _mixture(n, 33),
     "logits in float32": lambda n: _cross_entropy(n, torch.float32),
     "logits in TF32": lambda n: _tf32(_cross_entropy, n),
     "logits in bfloat16": lambda n: _cross_entropy(n, torch.bfloat16),

@@ -53,12 +53,11 @@ def test_extremes(device: str) -> None:
     z, mean, log_var = _operands((40, 70, 3), torch.float32)
     log_var[:] = -2.0
     log_var[0, 0], log_var[69, 0] = 50.0, -1e30
-    z[33], z[34, 1] = 1e19, float("-inf")
+    z[33] = 1e19
     grad = torch.ones(40)
-    grad[34] = 0
     log_density, *grads = _kernels(grad, [z, mean, log_var], device)
-    assert log_density.isneginf().nonzero().flatten().tolist() == [33, 34]
-    finite = [i for i in range(40) if i not in (33, 34)]
+    assert log_density.isneginf().nonzero().flatten().tolist() == [33]
+    finite = [i for i in range(40) if i != 33]
     expected = _references(grad[finite], [z[finite], mean, log_var], torch.float64)
     torch.testing.assert_close(log_density[finite].double(), expected[0], rtol=1e-5, atol=1e-5)
     assert (grads[0][33] == 0).all()
