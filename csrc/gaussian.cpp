@@ -126,12 +126,7 @@ void backward(const Gaussian &g, const GaussianGradients &grad) {
   using C = typename ComputeType<T>::type;
   const T *grad_z = static_cast<const T *>(grad.grad_z);
   const C *grad_kl = static_cast<const C *>(grad.grad_kl);
-<<<<<<< HEAD
-  T *grad_mean = static_cast<T *>(grad.grad_mean), *grad_log_var = static_cast<T *>(grad.grad_log_var);
   const Blocks blocks(g.rows, g.latent, kBlock);
-=======
-  const Blocks blocks(g.rows, g.latent, kBlock);
->>>>>>> a593e89 (Mixture log-density in C++; Gaussian sampling takes rows that lie apart)
   const uint64_t seed = uint64_t(*g.seed);
   const int64_t size = g.rows * g.latent;
   int threads = threads_for(size * max<int64_t>(g.samples, 1), kGrain);
