@@ -42,6 +42,11 @@ FASTVAE_INLINE const C *read(DType dtype, const void *from, int64_t first, int64
   }
 }
 
+FASTVAE_INLINE void prefetch_numbers(DType dtype, const void *from, int64_t first, int64_t n) {
+  const int64_t size = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+  prefetch(static_cast<const char *>(from) + first * size, n * size);
+}
+
 // Where n numbers of a result are to be computed: at their place or, if that has another type or nobody wants them, in
 // `buffer`.
 template <typename C>
@@ -142,6 +147,7 @@ struct Operands {
 
   Operands(const Likelihood &p, const Block &b, int64_t sample) : n(b.count()) {
     const int64_t from = b.row * p.features + b.column, first = sample * p.targets * p.features + from;
+    prefetch_numbers(p.dtype, p.prediction, first + n, min(n, p.samples * p.targets * p.features - first - n));
     prediction = read(p.dtype, p.prediction, first, n, buffers[0]);
     target = read(p.target_dtype, p.target, from, n, buffers[1]);
     if (p.density == kGaussianFull) {

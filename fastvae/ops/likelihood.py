@@ -43,7 +43,7 @@ def reference_bernoulli_backward(
     sign, weight, magnitude = _by_side(logits, target)
     grad_logits = grad * sign * (weight - torch.sigmoid(-magnitude)) if need_logits else grad.new_empty(0)
     grad_target = -grad * logits.to(grad.dtype)
-    grad_target = grad_target.sum_to_size(target.shape) if need_target else grad.new_empty(0)
+    grad_target = grad_target.sum_to_size(target.shape) if need_target else target.new_empty(0)
     return grad_logits.to(logits.dtype), grad_target.to(target.dtype)
 
 
@@ -131,9 +131,9 @@ def _cpu_backward(
     assert CORE is not None
     prediction, target, grad = prediction.contiguous(), target.contiguous(), grad.contiguous()
     density, log_var, memory = _cpu_log_var(prediction, log_var)
-    grad_prediction = large(torch.empty_like(prediction)) if need_prediction else grad.new_empty(0)
-    grad_target = large(torch.empty_like(target)) if need_target else grad.new_empty(0)
-    grad_log_var = grad.new_empty(0)
+    grad_prediction = large(torch.empty_like(prediction)) if need_prediction else prediction.new_empty(0)
+    grad_target = large(torch.empty_like(target)) if need_target else target.new_empty(0)
+    grad_log_var = (prediction if log_var is None else log_var).new_empty(0)
     samples, targets, features = _sizes(prediction, target, event_dims)
     partial, partials = None, 1
     if need_log_var and log_var is not None:
