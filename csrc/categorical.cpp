@@ -1,8 +1,9 @@
 // Gumbel-softmax sampling + KL, one pass forward and one backward (fastvae/ops/categorical.py holds the definition).
 //
 // Bytes: the forward reads and writes one number per element (8 bytes of float32), the backward reads 3 and writes 1.
-// Work: a quarter of a Philox counter, two logarithms and two exponentials per element: about 1.5 ns with AVX-512, so
-// that arithmetic is the limit, not memory. Eager makes some 12 passes, and draws its noise with one thread.
+// Work: a quarter of a Philox counter, two logarithms and two exponentials per element: about 3 ns of a core with
+// AVX-512, so that arithmetic is the limit, not memory. Eager makes some 12 passes, and draws its noise with one
+// thread.
 #include "philox.h"
 
 namespace fastvae::FASTVAE_ISA {

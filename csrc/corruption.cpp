@@ -1,8 +1,8 @@
 // Corruption of denoising auto-encoders (fastvae/ops/corruption.py holds the definition).
 //
-// Bytes: one number read and one written per element. Work: a quarter of a Philox counter and a comparison, about 0.4
-// ns with AVX-512, or a normal number, 1 ns: with two cores the memory is near its limit. Eager draws its noise with
-// one thread and makes four passes.
+// Bytes: one number read and one written per element. Work: a quarter of a Philox counter and a comparison, about 0.6
+// ns of a core with AVX-512, or a normal number, 1 ns: two cores are near the limit of memory. Eager draws its noise
+// with one thread and makes four passes.
 #include "philox.h"
 
 namespace fastvae::FASTVAE_ISA {

@@ -5,8 +5,8 @@
     salt_and_pepper:  low or high, with probability level / 2 each, else x
 
 The noise of element e is the shared stream's number at e (:mod:`fastvae.ops.random`), normal or packed uniform, and is
-made again in the backward. `corrupted_linear` corrupts a piece of x at a time, while it is in cache or on its way to a
-product, so that the corrupted copy of x is never whole in memory.
+made again in the backward. `corrupted_linear` corrupts a piece of x at a time, of 4 MiB on a CPU and on its way to the
+product on a GPU, so that the corrupted copy of a larger x is never whole in memory.
 
 Source: Vincent et al. 2010, "Stacked denoising autoencoders".
 """
