@@ -20,6 +20,8 @@ _TITLES = {
     "full_gaussian": "Full covariance",
     "importance": "Importance-weighted bound",
     "likelihood": "Likelihood",
+    "categorical": "Gumbel-softmax + KL",
+    "corruption": "Corrupted inputs",
     "cross_entropy": "Linear + cross-entropy",
     "lstm": "LSTM",
     "gru": "GRU",
