@@ -6,8 +6,8 @@
 
 The noise of element e is the shared stream's number at e (:mod:`fastvae.ops.random`), normal or packed uniform, and is
 made again in the backward. `corrupted_linear` corrupts a piece of x at a time, of 4 MiB on a CPU and on its way to the
-product on a GPU, so that the corrupted copy of a larger x is never whole in memory. It pays in memory: products take nearly all of the
-time, and `F.linear(corrupt(x))` takes no more of it.
+product on a GPU, so that the corrupted copy of a larger x is never whole in memory. That saves memory, not time: the
+products take nearly all of it.
 
 Source: Vincent et al. 2010, "Stacked denoising autoencoders".
 """
