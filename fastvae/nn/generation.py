@@ -85,8 +85,7 @@ def stream(
 def _steps(decoder: _Decoder, z: Tensor, prefix: Tensor, seeds: Tensor, search: Search) -> Iterator[Tensor]:
     if decoder.cell != LSTM or CORE is None or z.device.type != "cpu" or not decoder.hidden_size:
         recurrence = generation.recurrence(_lstm(decoder, z)) if decoder.cell == LSTM else _recurrence(decoder, z)
-        for words, _ in generation.steps(recurrence, prefix, seeds, search):
-            yield words
+        yield from generation.steps(recurrence, prefix, seeds, search)
         return
     steps = generation.Steps(_lstm(decoder, z), prefix, seeds, search)
     for t in range(search.max_length):

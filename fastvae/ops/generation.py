@@ -6,7 +6,7 @@ the likeliest word. Sampling divides by the temperature, keeps the `top_k` likel
 `top_p`, and inverts the cumulative distribution, over the words in their order or, truncated, the likeliest first, at
 the uniform number of element t of the sentence's own seed: a sentence depends on its latent and its seed alone, not on
 the batch around it. Beam search ranks by log p / length ** length_penalty. If the logits are no numbers, the sentence
-ends there.
+ends there. On CUDA a step is captured as a graph in each call, and the host looks at what it wrote every 10 steps.
 Source: nucleus: Holtzman et al. 2020, section 3.1; repeated n-grams: Paulus et al. 2018, section 2.5.
 """
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae.ops.backend import CORE, compute_dtype, large, pointer, register
+from fastvae.ops.graph import StepGraph
 from fastvae.ops.random import uniform
 
 GREEDY, SAMPLE, BEAM = range(3)
@@ -118,54 +119,73 @@ def write(recurrence: Recurrence, prefix: Tensor, seeds: Tensor, search: Search)
     """Write with any recurrence; returns as `reference`."""
     if search.strategy == BEAM:
         return _beam_search(recurrence, prefix, search)
-    tokens, lengths, log_probs = _blank_outputs(recurrence.states[0], search)
-    ended = torch.zeros_like(lengths[:, 0], dtype=torch.bool)
-    for t, (words, scores) in enumerate(steps(recurrence, prefix, seeds, search)):
-        tokens[:, 0, t] = words
-        lengths[:, 0] += ~ended
-        if search.log_probs:
-            log_probs[:, 0, t] = scores
-        ended |= words == search.eos
-    return tokens, lengths, log_probs
+    graph = _writing(recurrence, prefix, seeds, search)
+    _run(graph, search.max_length)
+    _, _, _, tokens, lengths, log_probs, *_ = graph.state
+    return tokens[:, None], lengths[:, None], log_probs[:, None]
 
 
-def steps(recurrence: Recurrence, prefix: Tensor, seeds: Tensor, search: Search) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the words of each step and their log-probabilities, (B,), greedy or sampled, until all have ended."""
-    states = recurrence.states
-    words = torch.full_like(seeds, search.bos)
-    ended = torch.zeros_like(words, dtype=torch.bool)
-    written = words.new_empty(words.shape[0], 0)
-    for t in range(search.max_length):
-        log_probs, states = recurrence.step(words, recurrence.static, states)
-        choices = _allowed(log_probs, written, search)
-        if search.strategy == GREEDY:
-            words = choices.argmax(-1)
-        else:
-            words = _drawn(choices, uniform(seeds, torch.full_like(seeds, t)), search)
-        words = torch.where(log_probs.isnan().any(-1), search.eos, words)
-        if t < prefix.shape[1]:
-            words = torch.where(prefix[:, t] >= 0, prefix[:, t], words)
-        score = log_probs.gather(-1, words[:, None])[:, 0]
-        words = words.masked_fill(ended, search.padding)
-        yield words, score.masked_fill(ended, 0.0)
-        ended = ended | (words == search.eos)
-        written = torch.cat([written, words[:, None]], 1)
-        if ended.all():
+def steps(recurrence: Recurrence, prefix: Tensor, seeds: Tensor, search: Search) -> Iterator[Tensor]:
+    """Yield the words of each step, (B,), greedy or sampled, until all have ended."""
+    graph = _writing(recurrence, prefix, seeds, search)
+    for _ in range(search.max_length):
+        graph.run()
+        yield graph.state[1].clone()
+        if graph.state[2].all():
             return
 
 
-def _allowed(log_probs: Tensor, written: Tensor, search: Search) -> Tensor:
-    """Strike out what may not follow the words `written` (rows, t)."""
-    forbidden = torch.zeros_like(log_probs, dtype=torch.bool)
+def _run(graph: StepGraph, most: int) -> None:
+    # The state's third tensor tells which rows are done; to go on with them changes nothing.
+    for first in range(0, most, graph.block):
+        graph.run(min(graph.block, most - first))
+        if graph.state[2].all():
+            return
+
+
+def _writing(recurrence: Recurrence, prefix: Tensor, seeds: Tensor, search: Search) -> StepGraph:
+    # State: steps made, last words (B,), which have ended, tokens (B, max_length), lengths, log p, the recurrence's.
+    prefix = F.pad(prefix, (0, search.max_length - prefix.shape[1]), value=-1)
+
+    def step(t: Tensor, words: Tensor, ended: Tensor, tokens: Tensor, lengths: Tensor, log_probs: Tensor,
+             *states: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
+        scores, states = recurrence.step(words, recurrence.static, states)
+        choices = _allowed(scores, tokens, t, search)
+        if search.strategy == GREEDY:
+            words = choices.argmax(-1)
+        else:
+            words = _drawn(choices, uniform(seeds, t.expand_as(seeds)), search)
+        words = torch.where(scores.isnan().any(-1), search.eos, words)
+        forced = prefix.index_select(1, t[None])[:, 0]
+        words = torch.where(forced >= 0, forced, words)
+        score = scores.gather(1, words[:, None]).masked_fill(ended[:, None], 0.0)
+        words = words.masked_fill(ended, search.padding)
+        at = t.expand(len(words), 1)
+        tokens = tokens.scatter(1, at, words[:, None])
+        log_probs = log_probs.scatter(1, at, score) if search.log_probs else log_probs.clone()
+        return t + 1, words, ended | (words == search.eos), tokens, lengths + ~ended, log_probs, *states
+
+    tokens, lengths, log_probs = (x[:, 0] for x in _blank_outputs(recurrence.states[0], search))
+    start = lengths.new_zeros(()), torch.full_like(seeds, search.bos), torch.zeros_like(lengths, dtype=torch.bool)
+    return StepGraph(step, (*start, tokens, lengths, log_probs, *recurrence.states))
+
+
+def _allowed(log_probs: Tensor, tokens: Tensor, t: Tensor, search: Search) -> Tensor:
+    """Strike out what may not follow the first `t` words of `tokens` (rows, max_length)."""
+    choices, size = log_probs.clone(), search.no_repeat_ngram
     # Some vocabularies pad with </s>; that one must stay possible.
-    forbidden[:, list({search.bos, search.padding} - {search.eos})] = True
-    size, t = search.no_repeat_ngram, written.shape[1]
-    if 0 < size <= t:
-        grams = written.unfold(1, size, 1)
-        repeated = (grams[..., :-1] == written[:, None, t - size + 1 :]).all(-1)
+    for word in {search.bos, search.padding} - {search.eos}:
+        choices.select(1, word).fill_(-math.inf)
+    if 0 < size <= tokens.shape[1]:
+        grams = tokens.unfold(1, size, 1)
+        last = t - size + 1 + torch.arange(size - 1, device=t.device)
+        last = tokens.gather(1, last.clamp_min(0).expand(len(tokens), -1))
+        written = torch.arange(size, tokens.shape[1] + 1, device=t.device) <= t
+        repeated = (grams[..., :-1] == last[:, None]).all(-1) & written
         # Behind the end of a sentence the padding repeats, which no longer matters.
-        forbidden |= torch.zeros_like(log_probs).scatter_add(1, grams[..., -1], repeated.to(log_probs.dtype)) > 0
-    return log_probs.masked_fill(forbidden, -math.inf)
+        struck = torch.zeros_like(log_probs).scatter_add(1, grams[..., -1], repeated.to(log_probs.dtype)) > 0
+        choices = choices.masked_fill(struck, -math.inf)
+    return choices
 
 
 def _drawn(choices: Tensor, number: Tensor, search: Search) -> Tensor:
@@ -206,7 +226,6 @@ def _beam_search(recurrence: Recurrence, prefix: Tensor, search: Search) -> tupl
     best_tokens, best_lengths, best_log_probs = _blank_outputs(recurrence.states[0], search)
     batch, device = best_lengths.shape[0], best_lengths.device
     static = recurrence.static.repeat_interleave(beams, 0)
-    states = tuple(state.repeat_interleave(beams, 1) for state in recurrence.states)
     words = torch.full((batch * beams,), search.bos, device=device)
     tokens = torch.full((batch, beams, steps), search.padding, device=device)
     log_probs = best_log_probs.new_zeros(tokens.shape)
@@ -216,35 +235,37 @@ def _beam_search(recurrence: Recurrence, prefix: Tensor, search: Search) -> tupl
     best = totals.new_full((batch, search.n_best), -math.inf)
     over = torch.zeros_like(words[:batch], dtype=torch.bool)
     first_row = torch.arange(batch, device=device)[:, None] * beams
+    prefix = F.pad(prefix, (0, steps - prefix.shape[1]), value=-1).repeat_interleave(beams, 0)
+    divisors = totals.new_tensor([(t + 1) ** search.length_penalty for t in range(steps)])
 
-    for t in range(steps):
+    def step(t: Tensor, words: Tensor, over: Tensor, totals: Tensor, tokens: Tensor, log_probs: Tensor, best: Tensor,
+             best_tokens: Tensor, best_log_probs: Tensor, best_lengths: Tensor,
+             *states: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
         scores, states = recurrence.step(words, static, states)
-        choices = _allowed(scores, tokens[:, :, :t].flatten(0, 1), search)
-        if t < prefix.shape[1]:
-            forced = prefix[:, t].repeat_interleave(beams)[:, None]
-            word = forced.clamp_min(0)
-            only = torch.full_like(scores, -math.inf).scatter(1, word, scores.gather(1, word))
-            choices = torch.where(forced >= 0, only, choices)
+        choices = _allowed(scores, tokens.flatten(0, 1), t, search)
+        forced = prefix.index_select(1, t[None])
+        word = forced.clamp_min(0)
+        only = torch.full_like(scores, -math.inf).scatter(1, word, scores.gather(1, word))
+        choices = torch.where(forced >= 0, only, choices)
         vocabulary = choices.shape[-1]
         extended = (totals[:, :, None] + choices.reshape(batch, beams, vocabulary)).flatten(1)
         ranked, index = extended.topk(min(2, vocabulary) * beams, 1)
         parents, words_ = index // vocabulary, index % vocabulary
         word_scores = scores.reshape(batch, -1).gather(1, index)
 
-        def continued(history: Tensor, parents: Tensor, last: Tensor, t: int = t) -> Tensor:
-            grown = history.gather(1, parents[:, :, None].expand(-1, -1, steps)).clone()
-            grown[:, :, t] = last
-            return grown
+        def continued(history: Tensor, parents: Tensor, last: Tensor) -> Tensor:
+            grown = history.gather(1, parents[:, :, None].expand(-1, -1, steps))
+            return grown.scatter(2, t.expand(*parents.shape, 1), last[:, :, None])
 
         ends = (words_ == eos) & (ranked > -math.inf)
         candidates = parents[:, :beams], words_[:, :beams], word_scores[:, :beams]
-        values = ranked[:, :beams] / (t + 1) ** search.length_penalty
+        values = ranked[:, :beams] / divisors.index_select(0, t[None])
         values = values.masked_fill(~ends[:, :beams] | over[:, None], -math.inf)
         best, best_tokens, best_log_probs, best_lengths = _merged(
             torch.cat([best, values], 1),
             torch.cat([best_tokens, continued(tokens, candidates[0], candidates[1])], 1),
             torch.cat([best_log_probs, continued(log_probs, candidates[0], candidates[2])], 1),
-            torch.cat([best_lengths, torch.full_like(candidates[0], t + 1)], 1),
+            torch.cat([best_lengths, (t + 1).expand_as(candidates[0])], 1),
             search,
         )
 
@@ -252,11 +273,18 @@ def _beam_search(recurrence: Recurrence, prefix: Tensor, search: Search) -> tupl
         totals = ranked.masked_fill(ends, -math.inf).gather(1, go_on)
         parents, words_, word_scores = (x.gather(1, go_on) for x in (parents, words_, word_scores))
         tokens, log_probs = continued(tokens, parents, words_), continued(log_probs, parents, word_scores)
-        over = over | (best[:, -1] >= totals[:, 0] / steps**search.length_penalty)
-        if over.all():
-            break
+        over = over | (best[:, -1] >= totals[:, 0] / divisors[-1])
         rows = (first_row + parents).flatten()
-        words, states = words_.flatten(), tuple(state[:, rows] for state in states)
+        beginnings = words_.flatten(), over, totals, tokens, log_probs
+        states = tuple(state[:, rows] for state in states)
+        return t + 1, *beginnings, best, best_tokens, best_log_probs, best_lengths, *states
+
+    states = (state.repeat_interleave(beams, 1) for state in recurrence.states)
+    beginnings = words, over, totals, tokens, log_probs
+    start = over.new_zeros((), dtype=torch.int64), *beginnings, best, best_tokens, best_log_probs, best_lengths
+    graph = StepGraph(step, (*start, *states))
+    _run(graph, steps)
+    _, _, _, totals, tokens, log_probs, best, best_tokens, best_log_probs, best_lengths, *_ = graph.state
 
     # Cut beginnings take the places that are left. A row that was over early has none left, or nothing to put there.
     place = torch.arange(search.n_best, device=device) - (best > -math.inf).sum(1, keepdim=True)

@@ -136,7 +136,11 @@ def test_sampled_frequencies(temperature, top_k, top_p, backend):
     words = generation.generate(*decoder, prefix, seeds, *search)[0][:, 0, 0]
     step, static, states = generation.recurrence(rows_of(decoder, torch.zeros(1, dtype=torch.int64)))
     log_probs = step(torch.full((1,), BOS), static, states)[0][0]
-    weights = (generation._allowed(log_probs[None], words.new_empty(1, 0), search) / temperature).double().softmax(-1)
+    weights = (
+        (generation._allowed(log_probs[None], words.new_empty(1, 0), torch.tensor(0), search) / temperature)
+        .double()
+        .softmax(-1)
+    )
     if top_k or top_p < 1:
         kept, order = truncated(weights, top_k, top_p)
         weights = torch.zeros_like(weights).scatter(-1, order, kept)
