@@ -3,7 +3,7 @@
 What: r, z, n of torch.nn.GRU, whose recurrent share m of n is multiplied by r; ``static_gates`` holds what is added to
 m, r, z and n at every step of a sequence. The definition is the reference in ``fastvae/ops/gru.py``.
 
-Why, how: as the LSTM's kernels in ``lstm.py``, whose gather serves here too: one product projects all B*T inputs
+Why, how: as the step kernels of the LSTM in ``lstm.py``: one product projects all B*T inputs
 (6*B*T*E*H FLOPs, cuBLAS), and a step is one launch that makes the recurrent product (6*N*H*H FLOPs), the gates and
 the state without a byte in between, bound by the launch where the weights stay in L2. Samples are rows of a step that
 share their sequence's projected inputs. Backward walks the steps in reverse, one launch each. What reaches a state
@@ -22,7 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae.kernels.lstm import _check_dtype, _embed, _step_grid, _step_options, _tanh
+from fastvae.kernels.recurrence import (
+    check_dtype,
+    embed,
+    input_gradients,
+    previous_states,
+    step_grid,
+    step_options,
+    tanh,
+)
 
 
 def forward(
@@ -58,20 +66,20 @@ def forward(
         hidden (N, T, H), zero at steps >= length; h_n (N, H), the state after the last valid step; m and the
         activated r, z, n (N * T, 4 * H), float32, for :func:`backward`, empty without `keep`.
     """
-    _check_dtype(embedding)
+    check_dtype(embedding)
     (batch, time), (rows, size) = tokens.shape, h0.shape
     hidden = torch.empty((rows, time, size), dtype=h0.dtype, device=h0.device)
     gates = torch.empty((rows * time if keep else 0, 4 * size if keep else 0), dtype=torch.float32, device=h0.device)
     h_n = h0.clone()
     if hidden.numel() == 0:
         return hidden, h_n, gates
-    inputs, _ = _embed(tokens, lengths, embedding, seed, word_dropout, unk_index)
+    inputs, _ = embed(tokens, lengths, embedding, seed, word_dropout, unk_index)
     projected = inputs @ weight_input.t()
     for step in range(time):
-        _gru_step_kernel[_step_grid(rows, size)](
+        _gru_step_kernel[step_grid(rows, size)](
             projected, static_gates, h0, weight_hh, lengths, hidden, h_n, gates,
             rows, batch, time, step, size,
-            KEEP=int(keep), **_step_options(),
+            KEEP=int(keep), **step_options(),
         )  # fmt: skip
     return hidden, h_n, gates
 
@@ -101,7 +109,7 @@ def backward(
     Returns:
         Gradients of static_gates (float32), h0, embedding, weight_input and weight_hh.
     """
-    _check_dtype(embedding)
+    check_dtype(embedding)
     (batch, time), (rows, size) = tokens.shape, h0.shape
     if hidden.numel() == 0:
         grad_static_gates = torch.zeros((rows, 4 * size), dtype=torch.float32, device=h0.device)
@@ -109,28 +117,20 @@ def backward(
     grad_gates = torch.empty((rows, time, 4 * size), dtype=h0.dtype, device=h0.device)
     grad_kept = grad_h_n.float() if grad_h_n.dtype != torch.float32 else grad_h_n.clone()
     for step in reversed(range(time)):
-        _gru_step_backward_kernel[_step_grid(rows, size)](
+        _gru_step_backward_kernel[step_grid(rows, size)](
             grad_hidden, gates, hidden, h0, weight_hh, lengths, grad_gates, grad_kept,
             rows, batch, time, step, size,
-            **_step_options(),
+            **step_options(),
         )  # fmt: skip
     grad_static_gates = grad_gates.sum(1, dtype=torch.float32)
     # Columns m, r, z are the recurrence's, r, z, n the input's.
     through_step_0 = grad_gates[:, 0, : 3 * size] @ weight_hh.roll(size, 0)
     grad_h0 = (grad_kept + through_step_0).to(h0.dtype)
 
-    inputs, words = _embed(tokens, lengths, embedding, seed, word_dropout, unk_index)
-    previous = torch.cat([h0.unsqueeze(1), hidden[:, :-1]], 1).view(rows * time, size)
-    grad_gates = grad_gates.view(rows * time, 4 * size)
-    grad_weight_hh = (grad_gates[:, : 3 * size].t() @ previous).roll(-size, 0)
-    grad_shares = grad_gates[:, size:]
-    if rows > batch:  # samples read the same token
-        shared = grad_shares.unflatten(0, (rows // batch, -1)).sum(0, dtype=torch.float32)
-        grad_shares = shared.to(h0.dtype)
-    grad_embedding = torch.ops.aten.embedding_dense_backward(
-        grad_shares @ weight_input, words, embedding.shape[0], -1, False
-    )
-    return grad_static_gates, grad_h0, grad_embedding, grad_shares.t() @ inputs, grad_weight_hh
+    grad_gates = grad_gates.flatten(0, 1)
+    grad_weight_hh = (grad_gates[:, : 3 * size].t() @ previous_states(h0, hidden)).roll(-size, 0)
+    inputs = tokens, lengths, embedding, seed, word_dropout, unk_index
+    return grad_static_gates, grad_h0, *input_gradients(grad_gates[:, size:], weight_input, *inputs), grad_weight_hh
 
 
 @triton.jit(do_not_specialize=["rows", "batch", "time", "step"])
@@ -198,7 +198,7 @@ def _gru_step_kernel(
     gate_n += tl.load(projected + 2 * hidden_size, mask=mask, other=0.0).to(tl.float32)
     gate_r = tl.sigmoid(gate_r)
     gate_z = tl.sigmoid(gate_z)
-    gate_n = _tanh(gate_n + gate_r * gate_m)
+    gate_n = tanh(gate_n + gate_r * gate_m)
     previous = tl.load(previous_ptr[:, None] + unit[None, :], mask=mask, other=0.0).to(tl.float32)
     h = gate_n + gate_z * (previous - gate_n)
 

@@ -9,12 +9,13 @@ each step is one launch that makes the recurrent product (8*B*H*H FLOPs), the ga
 byte in between. A step at B = 32, H = 256 reads 1 MB of weights, which stay in L2: it is bound by the launch,
 so capture the loop in a CUDA graph.
 
-How: a program of a step owns 16 sequences by 32 hidden units and their four gates. The state after step t is
-hidden[:, t] itself, so steps need no barrier but the launch. Blocks of sequences which all have ended skip
-the product: batches sorted by length save it for their padding. Backward walks the steps in reverse, again
-one launch each: the product with the next step's gate gradients, then this step's; weight gradients are plain
-products over all steps afterwards. Nothing random is stored, and no atomics are used in float: the
-embedding's gradient is PyTorch's own sorted reduction.
+How: where the recurrent weights fit on chip (hidden sizes up to 128 in 16-bit, 64 in TF32, 32 in float32), a program
+owns 16 sequences, holds the weights in registers and shared memory, and runs all steps up to the longest of its
+sequences in one launch; the next step's inputs are loaded while one computes. Beyond, a step is a launch, whose
+programs own 16 sequences by 32 hidden units and their four gates: the state after step t is hidden[:, t] itself, so
+steps need no barrier but the launch, and sequences that have all ended skip the product. Backward walks the steps in
+reverse, in one launch or a launch each: the product with the next step's gate gradients, then this step's; weight
+gradients are plain products over all steps afterwards (see ``recurrence.py``).
 
 Limits: float32, bfloat16 and float16, static_gates in float32; contiguous operands; any B, T, E, H. Kept for
 backward: gates (N, T, 4 * H) and cells (N, T, H) in float32, unwritten in the padding. In 16-bit the hidden
@@ -31,10 +32,20 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae.kernels.precision import UPCAST_OPERANDS, dot_precision
-from fastvae.kernels.random import uniform
+from fastvae.kernels.recurrence import (
+    BLOCK_B,
+    check_dtype,
+    embed,
+    input_gradients,
+    load_four,
+    previous_states,
+    step_grid,
+    step_options,
+    store_four,
+    tanh,
+)
 
-_BLOCK_B, _BLOCK_H, _BLOCK_K = 16, 32, 32
-_EMBED_TILE = 1024
+_SHARED_BYTES = 99 << 10  # that every GPU since sm_80 gives a program
 
 
 def forward(
@@ -71,7 +82,7 @@ def forward(
         hidden (N, T, H), zero at steps >= length; h_n and c_n (N, H), the state after the last valid step;
         activated gates (N * T, 4 * H) and cells (N * T, H), float32, for :func:`backward`: (0, 0) if not kept.
     """
-    _check_dtype(embedding)
+    check_dtype(embedding)
     (batch, time), (sequences, hidden_size) = tokens.shape, h0.shape
     options = {"dtype": torch.float32, "device": h0.device}
     hidden = torch.empty((sequences, time, hidden_size), dtype=h0.dtype, device=h0.device)
@@ -83,14 +94,18 @@ def forward(
         return hidden, h_n, c_n, gates, cells
     # Without a backward to come, one running cell for each sequence.
     step_cells = cells if keep else torch.empty((sequences, hidden_size), **options)
-    inputs, _ = _embed(tokens, lengths, embedding, seed, word_dropout, unk_index)
+    inputs, _ = embed(tokens, lengths, embedding, seed, word_dropout, unk_index)
     projected = inputs @ weight_input.t()
+    operands = (projected, static_gates, h0, c0, weight_hh, lengths, hidden, h_n, c_n, gates, step_cells)
+    if _fits_chip(weight_hh):
+        _lstm_sequence_kernel[(triton.cdiv(sequences, BLOCK_B),)](
+            *operands, sequences, batch, time, hidden_size, KEEP=keep, **_sequence_options(hidden_size)
+        )
+        return hidden, h_n, c_n, gates, cells
     for step in range(time):
-        _lstm_step_kernel[_step_grid(sequences, hidden_size)](
-            projected, static_gates, h0, c0, weight_hh, lengths, hidden, h_n, c_n, gates, step_cells,
-            sequences, batch, time, step, hidden_size,
-            KEEP=keep, **_step_options(),
-        )  # fmt: skip
+        _lstm_step_kernel[step_grid(sequences, hidden_size)](
+            *operands, sequences, batch, time, step, hidden_size, KEEP=keep, **step_options()
+        )
     return hidden, h_n, c_n, gates, cells
 
 
@@ -122,7 +137,7 @@ def backward(
     Returns:
         Gradients of static_gates (float32), h0, c0, embedding, weight_input and weight_hh.
     """
-    _check_dtype(embedding)
+    check_dtype(embedding)
     (batch, time), (sequences, hidden_size) = tokens.shape, h0.shape
     grad_cell = torch.zeros((sequences, hidden_size), dtype=torch.float32, device=h0.device)
     if hidden.numel() == 0:
@@ -130,119 +145,76 @@ def backward(
         weights = (torch.zeros_like(w) for w in (embedding, weight_input, weight_hh))
         return grad_static_gates, grad_h_n.clone(), grad_c_n.clone(), *weights
     grad_gates = torch.empty((sequences, time, 4 * hidden_size), dtype=h0.dtype, device=h0.device)
-    for step in reversed(range(time)):
-        _lstm_step_backward_kernel[_step_grid(sequences, hidden_size)](
-            grad_hidden, grad_h_n, grad_c_n, gates, cells, c0, weight_hh, lengths, grad_gates, grad_cell,
-            sequences, batch, time, step, hidden_size,
-            **_step_options(),
-        )  # fmt: skip
-    samples = sequences // batch
-    empty = (lengths == 0).repeat(samples)[:, None]
+    operands = (grad_hidden, grad_h_n, grad_c_n, gates, cells, c0, weight_hh, lengths, grad_gates, grad_cell)
+    if _fits_chip(weight_hh):
+        _lstm_sequence_backward_kernel[(triton.cdiv(sequences, BLOCK_B),)](
+            *operands, sequences, batch, time, hidden_size, **_sequence_options(hidden_size)
+        )
+    else:
+        for step in reversed(range(time)):
+            _lstm_step_backward_kernel[step_grid(sequences, hidden_size)](
+                *operands, sequences, batch, time, step, hidden_size, **step_options()
+            )
+    empty = (lengths == 0).repeat(sequences // batch)[:, None]
     grad_h0 = torch.where(empty, grad_h_n, grad_gates[:, 0] @ weight_hh)
     grad_c0 = torch.where(empty, grad_c_n, grad_cell.to(c0.dtype))
-
-    previous = torch.cat([h0.unsqueeze(1), hidden[:, :-1]], 1).view(sequences * time, hidden_size)
     grad_static_gates = grad_gates.sum(1, dtype=torch.float32)
-    grad_gates = grad_gates.view(sequences * time, 4 * hidden_size)
-    grad_weight_hh = grad_gates.t() @ previous
-    if samples > 1:  # they read the same tokens
-        shared = grad_gates.view(samples, batch * time, 4 * hidden_size).sum(0, dtype=torch.float32)
-        grad_gates = shared.to(h0.dtype)
-    inputs, words = _embed(tokens, lengths, embedding, seed, word_dropout, unk_index)
-    grad_embedding = torch.ops.aten.embedding_dense_backward(
-        grad_gates @ weight_input, words, embedding.shape[0], -1, False
-    )
-    return grad_static_gates, grad_h0, grad_c0, grad_embedding, grad_gates.t() @ inputs, grad_weight_hh
+    grad_gates = grad_gates.flatten(0, 1)
+    grad_weight_hh = grad_gates.t() @ previous_states(h0, hidden)
+    inputs = tokens, lengths, embedding, seed, word_dropout, unk_index
+    return grad_static_gates, grad_h0, grad_c0, *input_gradients(grad_gates, weight_input, *inputs), grad_weight_hh
 
 
-def _embed(
-    tokens: Tensor,
-    lengths: Tensor,
-    embedding: Tensor,
-    seed: Tensor,
-    word_dropout: float,
-    unk_index: int,
-) -> tuple[Tensor, Tensor]:
-    """Return the inputs (B * T, E) after word dropout, 0 in the padding, and their words (B * T,)."""
-    (batch, time), (vocabulary, embed_size) = tokens.shape, embedding.shape
-    inputs = torch.empty((batch * time, embed_size), dtype=embedding.dtype, device=embedding.device)
-    words = torch.empty(batch * time, dtype=torch.int64, device=tokens.device)
-    block_embed = min(triton.next_power_of_2(max(embed_size, 16)), 256)
-    block_rows = _EMBED_TILE // block_embed
-    grid = (triton.cdiv(batch * time, block_rows), max(triton.cdiv(embed_size, block_embed), 1))
-    _lstm_embed_kernel[grid](
-        tokens, lengths, seed, embedding, inputs, words,
-        batch * time, time, embed_size, vocabulary, unk_index, float(word_dropout),
-        BLOCK_N=block_rows, BLOCK_E=block_embed, num_warps=4,
-    )  # fmt: skip
-    return inputs, words
+def _fits_chip(weight_hh: Tensor) -> bool:
+    """Whether a program can hold the weights: by what the compiler makes of them (``RESOURCES.md``), and this GPU."""
+    block = _sequence_options(weight_hh.shape[1])["BLOCK_H"]
+    largest = 128 if weight_hh.dtype.itemsize == 2 else 64 if dot_precision() == "tf32" else 32
+    if block > largest:
+        return False
+    needed = _shared_bytes(block, weight_hh.dtype.itemsize)
+    if needed <= _SHARED_BYTES or weight_hh.device.type != "cuda":
+        return True
+    properties = torch.cuda.get_device_properties(weight_hh.device)
+    return needed <= getattr(properties, "shared_memory_per_block_optin", 0)  # AMD's have none
 
 
-def _check_dtype(embedding: Tensor) -> None:
-    if embedding.dtype == torch.float64:
-        raise TypeError("embedding: expected float32, bfloat16 or float16, got torch.float64")
+def _shared_bytes(block: int, itemsize: int) -> int:
+    # The weights, and what goes between the warps.
+    return 4 * block * block * itemsize + (20 << 10)
 
 
-def _step_grid(sequences: int, hidden_size: int) -> tuple[int, int]:
-    return triton.cdiv(sequences, _BLOCK_B), triton.cdiv(hidden_size, _BLOCK_H)
-
-
-def _step_options() -> dict[str, int | str]:
+def _sequence_options(hidden_size: int) -> dict[str, int | str]:
+    block = max(triton.next_power_of_2(hidden_size), 16)
+    # One stage: the pipeliner would hold the next step's gates in shared memory, where the weights are.
     return {
         "UPCAST": UPCAST_OPERANDS, "PRECISION": dot_precision(),
-        "BLOCK_B": _BLOCK_B, "BLOCK_H": _BLOCK_H, "BLOCK_K": _BLOCK_K, "num_warps": 4, "num_stages": 3,
+        "BLOCK_B": BLOCK_B, "BLOCK_H": block, "num_warps": 4 if block <= 32 else 8, "num_stages": 1,
     }  # fmt: skip
 
 
 @triton.jit
-def _tanh(x):
-    # Series near 0, where the quotient would lose its relative accuracy; there is no tanh without libdevice.
-    square = x * x
-    series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0))))
-    return tl.where(square < 0.01, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+def _multiply_four(h, weight_i, weight_f, weight_g, weight_o, i, f, g, o, PRECISION: tl.constexpr):
+    i = tl.dot(h, weight_i, i, input_precision=PRECISION)
+    f = tl.dot(h, weight_f, f, input_precision=PRECISION)
+    g = tl.dot(h, weight_g, g, input_precision=PRECISION)
+    o = tl.dot(h, weight_o, o, input_precision=PRECISION)
+    return i, f, g, o
 
 
-@triton.jit(do_not_specialize=["total", "time", "vocabulary", "unk_index", "word_dropout"])
-def _lstm_embed_kernel(
-    tokens_ptr,  # (B, T) int64
-    lengths_ptr,  # (B,) int64
-    seed_ptr,  # (1,) int64
-    embedding_ptr,  # (V, E)
-    inputs_ptr,  # (B * T, E)
-    words_ptr,  # (B * T,) int64
-    total,
-    time,
-    embed_size,
-    vocabulary,
-    unk_index,
-    word_dropout,
-    BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    mask = row < total
-    step = row % time
-    inside = mask & (step < tl.load(lengths_ptr + row // time, mask=mask, other=0))
-    word = tl.load(tokens_ptr + row, mask=inside, other=0)
-    drop = (step > 0) & (uniform(tl.load(seed_ptr), row) < word_dropout)
-    word = tl.where(inside & drop, unk_index, word)
-    valid = inside & (word >= 0) & (word < vocabulary)
-    value = tl.load(
-        embedding_ptr + word[:, None] * embed_size + column[None, :],
-        mask=valid[:, None] & (column < embed_size)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    # A word out of range must not pass for another one.
-    value = tl.where(inside[:, None] & (valid[:, None] == 0), float("nan"), value)
-    tl.store(
-        inputs_ptr + row[:, None] * embed_size + column[None, :],
-        value.to(inputs_ptr.dtype.element_ty),
-        mask=mask[:, None] & (column < embed_size)[None, :],
-    )
-    # Only for the scatter of the gradient, which is 0 in the padding and NaN where the word is out of range.
-    if tl.program_id(1) == 0:
-        tl.store(words_ptr + row, tl.where(valid, word, 0), mask=mask)
+@triton.jit
+def update(i, f, g, o, previous_cell):
+    """Return the activated gates, and the cell after the step."""
+    i, f, g, o = tl.sigmoid(i), tl.sigmoid(f), tanh(g), tl.sigmoid(o)
+    return i, f, g, o, f * previous_cell + i * g
+
+
+@triton.jit
+def update_backward(grad_cell, i, f, g, o, previous_cell, grad_o):
+    """Return gradients of the gates before their activation, and of the cell before; grad_o is the activated one's."""
+    grad_i = grad_cell * g * i * (1.0 - i)
+    grad_f = grad_cell * previous_cell * f * (1.0 - f)
+    grad_g = grad_cell * i * (1.0 - g * g)
+    return grad_i, grad_f, grad_g, grad_o * o * (1.0 - o), grad_cell * f
 
 
 @triton.jit(do_not_specialize=["sequences", "batch", "time", "step"])
@@ -288,64 +260,98 @@ def _lstm_step_kernel(
         previous_offset = cell_offset - hidden_size if KEEP else cell_offset
         previous_cell = tl.load(cells_ptr + previous_offset, mask=mask, other=0.0)
 
-    gate_i = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-    gate_f = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-    gate_g = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-    gate_o = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+    static = static_gates_ptr + row[:, None] * 4 * hidden_size + unit[None, :]
+    i, f, g, o = load_four(static, hidden_size, mask, 1)
+    projected = projected_ptr + (row % batch * time + step)[:, None] * 4 * hidden_size + unit[None, :]
+    input_i, input_f, input_g, input_o = load_four(projected, hidden_size, mask, 1)
+    i, f, g, o = i + input_i, f + input_f, g + input_g, o + input_o
     # No product where all sequences have ended.
     end = tl.max(active.to(tl.int32), axis=0) * hidden_size
     for start in range(0, end, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         h = tl.load(previous_ptr[:, None] + k[None, :], mask=active[:, None] & (k < hidden_size)[None, :], other=0.0)
-        weight_mask = (unit < hidden_size)[None, :] & (k < hidden_size)[:, None]
-        weight_i_ptr = weight_ptr + unit[None, :] * hidden_size + k[:, None]
-        weight_f_ptr = weight_ptr + (unit + hidden_size)[None, :] * hidden_size + k[:, None]
-        weight_g_ptr = weight_ptr + (unit + 2 * hidden_size)[None, :] * hidden_size + k[:, None]
-        weight_o_ptr = weight_ptr + (unit + 3 * hidden_size)[None, :] * hidden_size + k[:, None]
-        weight_i = tl.load(weight_i_ptr, mask=weight_mask, other=0.0)
-        weight_f = tl.load(weight_f_ptr, mask=weight_mask, other=0.0)
-        weight_g = tl.load(weight_g_ptr, mask=weight_mask, other=0.0)
-        weight_o = tl.load(weight_o_ptr, mask=weight_mask, other=0.0)
         if UPCAST:
             h = h.to(tl.float32)
-            weight_i = weight_i.to(tl.float32)
-            weight_f = weight_f.to(tl.float32)
-            weight_g = weight_g.to(tl.float32)
-            weight_o = weight_o.to(tl.float32)
-        gate_i = tl.dot(h, weight_i, gate_i, input_precision=PRECISION)
-        gate_f = tl.dot(h, weight_f, gate_f, input_precision=PRECISION)
-        gate_g = tl.dot(h, weight_g, gate_g, input_precision=PRECISION)
-        gate_o = tl.dot(h, weight_o, gate_o, input_precision=PRECISION)
+        weight = weight_ptr + unit[None, :] * hidden_size + k[:, None]
+        weight_mask = (unit < hidden_size)[None, :] & (k < hidden_size)[:, None]
+        weight_i, weight_f, weight_g, weight_o = load_four(weight, hidden_size * hidden_size, weight_mask, UPCAST)
+        i, f, g, o = _multiply_four(h, weight_i, weight_f, weight_g, weight_o, i, f, g, o, PRECISION)
 
-    static = static_gates_ptr + row[:, None] * 4 * hidden_size + unit[None, :]
-    projected = projected_ptr + (row % batch * time + step)[:, None] * 4 * hidden_size + unit[None, :]
-    gate_i += tl.load(static, mask=mask, other=0.0)
-    gate_f += tl.load(static + hidden_size, mask=mask, other=0.0)
-    gate_g += tl.load(static + 2 * hidden_size, mask=mask, other=0.0)
-    gate_o += tl.load(static + 3 * hidden_size, mask=mask, other=0.0)
-    gate_i += tl.load(projected, mask=mask, other=0.0).to(tl.float32)
-    gate_f += tl.load(projected + hidden_size, mask=mask, other=0.0).to(tl.float32)
-    gate_g += tl.load(projected + 2 * hidden_size, mask=mask, other=0.0).to(tl.float32)
-    gate_o += tl.load(projected + 3 * hidden_size, mask=mask, other=0.0).to(tl.float32)
-    gate_i = tl.sigmoid(gate_i)
-    gate_f = tl.sigmoid(gate_f)
-    gate_g = _tanh(gate_g)
-    gate_o = tl.sigmoid(gate_o)
-    cell = gate_f * previous_cell + gate_i * gate_g
-    h = gate_o * _tanh(cell)
-
+    i, f, g, o, cell = update(i, f, g, o, previous_cell)
+    h = tl.where(mask, o * tanh(cell), 0.0).to(hidden_ptr.dtype.element_ty)
     if KEEP:
-        gates = gates_ptr + place[:, None] * 4 * hidden_size + unit[None, :]
-        tl.store(gates, gate_i, mask=mask)
-        tl.store(gates + hidden_size, gate_f, mask=mask)
-        tl.store(gates + 2 * hidden_size, gate_g, mask=mask)
-        tl.store(gates + 3 * hidden_size, gate_o, mask=mask)
+        store_four(gates_ptr + place[:, None] * 4 * hidden_size + unit[None, :], hidden_size, mask, i, f, g, o)
     tl.store(cells_ptr + cell_offset, cell, mask=mask)
-    h = tl.where(mask, h, 0.0).to(hidden_ptr.dtype.element_ty)
     tl.store(hidden_ptr + output, h, mask=(row < sequences)[:, None] & (unit < hidden_size)[None, :])
     last = mask & (step == length - 1)[:, None]
     tl.store(h_n_ptr + state, h, mask=last)
     tl.store(c_n_ptr + state, cell.to(c_n_ptr.dtype.element_ty), mask=last)
+
+
+@triton.jit(do_not_specialize=["sequences", "batch", "time"])
+def _lstm_sequence_kernel(
+    projected_ptr,  # as in the step kernel above
+    static_gates_ptr,
+    h0_ptr,
+    c0_ptr,
+    weight_ptr,
+    lengths_ptr,
+    hidden_ptr,  # (N, T, H)
+    h_n_ptr,
+    c_n_ptr,
+    gates_ptr,  # (N * T, 4 * H) float32, if KEEP
+    cells_ptr,  # (N * T, H) float32, if KEEP
+    sequences,
+    batch,
+    time,
+    hidden_size,
+    KEEP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,  # at least hidden_size
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    unit, k = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_H)
+    inside = (row < sequences)[:, None] & (unit < hidden_size)[None, :]
+    length = tl.load(lengths_ptr + row % batch, mask=row < sequences, other=0)
+    longest = tl.max(length, axis=0)
+    state = row[:, None] * hidden_size + unit[None, :]
+    weight = weight_ptr + unit[None, :] * hidden_size + k[:, None]
+    weight_mask = (unit < hidden_size)[None, :] & (k < hidden_size)[:, None]
+    weight_i, weight_f, weight_g, weight_o = load_four(weight, hidden_size * hidden_size, weight_mask, UPCAST)
+    static = static_gates_ptr + row[:, None] * 4 * hidden_size + unit[None, :]
+    projected = projected_ptr + (row % batch * time)[:, None] * 4 * hidden_size + unit[None, :]
+    h = tl.load(h0_ptr + state, mask=inside, other=0.0)
+    cell = tl.load(c0_ptr + state, mask=inside, other=0.0).to(tl.float32)
+    input_i, input_f, input_g, input_o = load_four(projected, hidden_size, inside & (length > 0)[:, None], 0)
+
+    for step in range(0, longest):
+        mask = inside & (step < length)[:, None]
+        place = row * time + step
+        i, f, g, o = load_four(static, hidden_size, mask, 0)
+        i, f = i + input_i.to(tl.float32), f + input_f.to(tl.float32)
+        g, o = g + input_g.to(tl.float32), o + input_o.to(tl.float32)
+        # The next step's inputs are on their way while this one computes.
+        projected += 4 * hidden_size
+        input_i, input_f, input_g, input_o = load_four(projected, hidden_size, inside & (step + 1 < length)[:, None], 0)
+        if UPCAST:
+            h = h.to(tl.float32)
+        i, f, g, o = _multiply_four(h, weight_i, weight_f, weight_g, weight_o, i, f, g, o, PRECISION)
+        i, f, g, o, cell = update(i, f, g, o, cell)
+        h = tl.where(mask, o * tanh(cell), 0.0).to(hidden_ptr.dtype.element_ty)
+        output = place[:, None] * hidden_size + unit[None, :]
+        if KEEP:
+            store_four(gates_ptr + place[:, None] * 4 * hidden_size + unit[None, :], hidden_size, mask, i, f, g, o)
+            tl.store(cells_ptr + output, cell, mask=mask)
+        tl.store(hidden_ptr + output, h, mask=inside)
+        last = mask & (step == length - 1)[:, None]
+        tl.store(h_n_ptr + state, h, mask=last)
+        tl.store(c_n_ptr + state, cell.to(c_n_ptr.dtype.element_ty), mask=last)
+
+    nothing = tl.zeros((BLOCK_B, BLOCK_H), hidden_ptr.dtype.element_ty)
+    for step in range(longest, time):
+        tl.store(hidden_ptr + (row * time + step)[:, None] * hidden_size + unit[None, :], nothing, mask=inside)
 
 
 @triton.jit(do_not_specialize=["sequences", "batch", "time", "step"])
@@ -374,8 +380,6 @@ def _lstm_step_backward_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     unit = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     length = tl.load(lengths_ptr + row % batch, mask=row < sequences, other=0)
-    active = step < length
-    mask = active[:, None] & (unit < hidden_size)[None, :]
     state = row[:, None] * hidden_size + unit[None, :]
     place = row * time + step
 
@@ -401,37 +405,94 @@ def _lstm_step_backward_kernel(
             weight = weight.to(tl.float32)
         grad_h = tl.dot(grad_next, weight, grad_h, input_precision=PRECISION)
 
-    output = place[:, None] * hidden_size + unit[None, :]
+    inside = (row < sequences)[:, None] & (unit < hidden_size)[None, :]
+    grad_cell = tl.load(grad_cell_ptr + state, mask=inside, other=0.0)
+    grad_i, grad_f, grad_g, grad_o, grad_cell = _step_gradients(
+        grad_h, grad_cell, grad_hidden_ptr, grad_h_n_ptr, grad_c_n_ptr, gates_ptr, cells_ptr, c0_ptr,
+        row, unit, length, step, time, hidden_size, inside,
+    )  # fmt: skip
+    element = grad_gates_ptr.dtype.element_ty
+    store_four(
+        grad_gates_ptr + place[:, None] * 4 * hidden_size + unit[None, :], hidden_size, inside,
+        grad_i.to(element), grad_f.to(element), grad_g.to(element), grad_o.to(element),
+    )  # fmt: skip
+    tl.store(grad_cell_ptr + state, grad_cell, mask=inside & (step < length)[:, None])
+
+
+@triton.jit
+def _step_gradients(
+    grad_h, grad_cell, grad_hidden_ptr, grad_h_n_ptr, grad_c_n_ptr, gates_ptr, cells_ptr, c0_ptr,
+    row, unit, length, step, time, hidden_size, inside,
+):  # fmt: skip
+    # Gradients of a step's gates and of the cell before it, given what the step after sends to state and cell.
+    # Everything read is 0 where the sequence has ended, hence so are the gradients.
+    mask = inside & (step < length)[:, None]
     last = mask & (step == length - 1)[:, None]
+    place = (row * time + step)[:, None]
+    output, state = place * hidden_size + unit[None, :], row[:, None] * hidden_size + unit[None, :]
     grad_h += tl.load(grad_hidden_ptr + output, mask=mask, other=0.0).to(tl.float32)
     grad_h += tl.load(grad_h_n_ptr + state, mask=last, other=0.0).to(tl.float32)
-    grad_cell = tl.load(grad_cell_ptr + state, mask=mask, other=0.0)
     grad_cell += tl.load(grad_c_n_ptr + state, mask=last, other=0.0).to(tl.float32)
-
-    gate = place[:, None] * 4 * hidden_size + unit[None, :]
-    gates = gates_ptr + gate
-    gate_i = tl.load(gates, mask=mask, other=0.0)
-    gate_f = tl.load(gates + hidden_size, mask=mask, other=0.0)
-    gate_g = tl.load(gates + 2 * hidden_size, mask=mask, other=0.0)
-    gate_o = tl.load(gates + 3 * hidden_size, mask=mask, other=0.0)
-    tanh_cell = _tanh(tl.load(cells_ptr + output, mask=mask, other=0.0))
+    i, f, g, o = load_four(gates_ptr + place * 4 * hidden_size + unit[None, :], hidden_size, mask, 0)
+    tanh_cell = tanh(tl.load(cells_ptr + output, mask=mask, other=0.0))
     if step == 0:
         previous_cell = tl.load(c0_ptr + state, mask=mask, other=0.0).to(tl.float32)
     else:
         previous_cell = tl.load(cells_ptr + output - hidden_size, mask=mask, other=0.0)
+    grad_cell += grad_h * o * (1.0 - tanh_cell * tanh_cell)
+    return update_backward(grad_cell, i, f, g, o, previous_cell, grad_h * tanh_cell)
 
-    # Everything read is 0 where the sequence has ended, hence so are the gradients.
-    grad_cell += grad_h * gate_o * (1.0 - tanh_cell * tanh_cell)
-    grad_i = grad_cell * gate_g * gate_i * (1.0 - gate_i)
-    grad_f = grad_cell * previous_cell * gate_f * (1.0 - gate_f)
-    grad_g = grad_cell * gate_i * (1.0 - gate_g * gate_g)
-    grad_o = grad_h * tanh_cell * gate_o * (1.0 - gate_o)
 
+@triton.jit(do_not_specialize=["sequences", "batch", "time"])
+def _lstm_sequence_backward_kernel(
+    grad_hidden_ptr,  # as in the step kernel above
+    grad_h_n_ptr,
+    grad_c_n_ptr,
+    gates_ptr,
+    cells_ptr,
+    c0_ptr,
+    weight_ptr,
+    lengths_ptr,
+    grad_gates_ptr,  # (N, T, 4 * H)
+    grad_cell_ptr,  # (N, H) float32, of c0
+    sequences,
+    batch,
+    time,
+    hidden_size,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,  # at least hidden_size
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    unit, k = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_H)
+    inside = (row < sequences)[:, None] & (unit < hidden_size)[None, :]
+    length = tl.load(lengths_ptr + row % batch, mask=row < sequences, other=0)
+    longest = tl.max(length, axis=0)
+    weight_mask = (k < hidden_size)[:, None] & (unit < hidden_size)[None, :]
+    weight = weight_ptr + k[:, None] * hidden_size + unit[None, :]
+    weight_i, weight_f, weight_g, weight_o = load_four(weight, hidden_size * hidden_size, weight_mask, UPCAST)
     element = grad_gates_ptr.dtype.element_ty
-    store_mask = (row < sequences)[:, None] & (unit < hidden_size)[None, :]
-    grad_gates = grad_gates_ptr + gate
-    tl.store(grad_gates, grad_i.to(element), mask=store_mask)
-    tl.store(grad_gates + hidden_size, grad_f.to(element), mask=store_mask)
-    tl.store(grad_gates + 2 * hidden_size, grad_g.to(element), mask=store_mask)
-    tl.store(grad_gates + 3 * hidden_size, grad_o.to(element), mask=store_mask)
-    tl.store(grad_cell_ptr + state, grad_cell * gate_f, mask=mask)
+    grad_gates = grad_gates_ptr + (row * time)[:, None] * 4 * hidden_size + unit[None, :]
+    nothing = tl.zeros((BLOCK_B, BLOCK_H), element)
+    for step in range(longest, time):
+        store_four(grad_gates + step * 4 * hidden_size, hidden_size, inside, nothing, nothing, nothing, nothing)
+
+    grad_h = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+    grad_cell = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+    for back in range(0, longest):
+        step = longest - 1 - back
+        grad_i, grad_f, grad_g, grad_o, grad_cell = _step_gradients(
+            grad_h, grad_cell, grad_hidden_ptr, grad_h_n_ptr, grad_c_n_ptr, gates_ptr, cells_ptr, c0_ptr,
+            row, unit, length, step, time, hidden_size, inside,
+        )  # fmt: skip
+        grad_i, grad_f, grad_g, grad_o = grad_i.to(element), grad_f.to(element), grad_g.to(element), grad_o.to(element)
+        store_four(grad_gates + step * 4 * hidden_size, hidden_size, inside, grad_i, grad_f, grad_g, grad_o)
+        if UPCAST:
+            grad_i, grad_f = grad_i.to(tl.float32), grad_f.to(tl.float32)
+            grad_g, grad_o = grad_g.to(tl.float32), grad_o.to(tl.float32)
+        grad_h = tl.dot(grad_i, weight_i, input_precision=PRECISION)
+        grad_h = tl.dot(grad_f, weight_f, grad_h, input_precision=PRECISION)
+        grad_h = tl.dot(grad_g, weight_g, grad_h, input_precision=PRECISION)
+        grad_h = tl.dot(grad_o, weight_o, grad_h, input_precision=PRECISION)
+    tl.store(grad_cell_ptr + row[:, None] * hidden_size + unit[None, :], grad_cell, mask=inside)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae.ops.backend import CORE, compute_dtype, first_order, in_autocast_dtype, kernel, large, pointer, register
+from fastvae.ops.backend import CORE, compute_dtype, first_order, in_autocast_dtype, large, pointer, register
 from fastvae.ops.checks import check_float
 from fastvae.ops.recurrence import (
     check_recurrence,
@@ -28,6 +28,8 @@ from fastvae.ops.recurrence import (
     positions_as_words,
     recorded,
     sample_count,
+    triton_backward,
+    triton_forward,
     weight_scratch,
     with_samples,
 )
@@ -169,29 +171,6 @@ def _cpu_backward(
     )
 
 
-# -------------------------------------------------------------------------------------------- Triton on CUDA
-_triton_forward = kernel("gru", "forward")
-_triton_backward = kernel("gru", "backward")
-
-
-def _cuda_forward(tokens: Tensor, lengths: Tensor, static_gates: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    if static_gates.dtype == torch.float64:
-        return _reference_op(tokens, lengths, static_gates, *args)
-    *tensors, seed, word_dropout, unk_index, keep = args
-    operands = [t.contiguous() for t in (tokens, lengths, static_gates, *tensors)]
-    return _triton_forward(*operands, seed, word_dropout, unk_index, keep)
-
-
-def _cuda_backward(grad_hidden: Tensor | None, grad_h_n: Tensor | None, hidden: Tensor, gates: Tensor, tokens: Tensor,
-                   lengths: Tensor, static_gates: Tensor, h0: Tensor, *args: Any) -> tuple[Tensor, ...]:  # fmt: skip
-    if static_gates.dtype == torch.float64:
-        return reference_backward(grad_hidden, grad_h_n, hidden, gates, tokens, lengths, static_gates, h0, *args)
-    *weights, seed, word_dropout, unk_index = args
-    grads = [torch.zeros_like(like) if grad is None else grad for grad, like in ((grad_hidden, hidden), (grad_h_n, h0))]
-    operands = [t.contiguous() for t in (*grads, hidden, gates, tokens, lengths, h0, *weights)]
-    return _triton_backward(*operands, seed, word_dropout, unk_index)
-
-
 # ------------------------------------------------------------------------------------------ schema, autograd
 def _fake_forward(tokens: Tensor, lengths: Tensor, static_gates: Tensor, h0: Tensor,
                   *args: Any) -> tuple[Tensor, ...]:  # fmt: skip
@@ -214,7 +193,7 @@ _forward = register(
     reference=_reference_op,
     fake=_fake_forward,
     cpu=_cpu_forward,
-    cuda=_cuda_forward,
+    cuda=triton_forward("gru", _reference_op),
 )
 _backward = register(
     "gru_decode_backward(Tensor? grad_hidden, Tensor? grad_h_n, Tensor hidden, Tensor gates, "
@@ -222,7 +201,7 @@ _backward = register(
     reference=reference_backward,
     fake=_fake_backward,
     cpu=_cpu_backward,
-    cuda=_cuda_backward,
+    cuda=triton_backward("gru", reference_backward, outputs=2, saved=1),
 )
 
 

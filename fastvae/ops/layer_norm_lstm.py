@@ -5,8 +5,7 @@
     h = sigmoid(o) * tanh(LN(c) * norm_cell[0] + norm_cell[1])
 
 LN(x) = (x - mean) / sqrt(variance + eps), over the 4 * hidden numbers of a product, all gates together, and over the
-hidden numbers of a cell. The cell goes on to the next step as it is. The rest is as in :mod:`fastvae.ops.lstm`; there
-is no Triton kernel, and CUDA runs the reference.
+hidden numbers of a cell. The cell goes on to the next step as it is. The rest is as in :mod:`fastvae.ops.lstm`.
 Source: Ba, Kiros & Hinton 2016, equations 20 to 22.
 """
 
@@ -28,6 +27,8 @@ from fastvae.ops.recurrence import (
     positions_as_words,
     recorded,
     sample_count,
+    triton_backward,
+    triton_forward,
     weight_scratch,
     with_samples,
 )
@@ -210,7 +211,7 @@ def _cpu_backward(
 def _fake_forward(tokens: Tensor, lengths: Tensor, static_inputs: Tensor, h0: Tensor, c0: Tensor,
                   *args: Any) -> tuple[Tensor, ...]:  # fmt: skip
     time, (sequences, size) = tokens.shape[1], h0.shape
-    kept = kernel_keeps(h0, static_inputs, args[-1], on_gpu=False)
+    kept = kernel_keeps(h0, static_inputs, args[-1])
     return (
         h0.new_empty(sequences, time, size),
         h0.new_empty(h0.shape),
@@ -235,7 +236,7 @@ _forward = register(
     reference=_reference_op,
     fake=_fake_forward,
     cpu=_cpu_forward,
-    cuda=None,
+    cuda=triton_forward("layer_norm_lstm", _reference_op),
 )
 _backward = register(
     "layer_norm_lstm_decode_backward(Tensor? grad_hidden, Tensor? grad_h_n, Tensor? grad_c_n, Tensor hidden, "
@@ -244,7 +245,7 @@ _backward = register(
     reference=reference_backward,
     fake=_fake_backward,
     cpu=_cpu_backward,
-    cuda=None,
+    cuda=triton_backward("layer_norm_lstm", reference_backward, outputs=3, saved=3),
 )
 
 
@@ -307,11 +308,11 @@ def layer_norm_lstm_decode(
         lengths, word_dropout, unk_index, generator, seed: as for :func:`fastvae.functional.lstm_decode`.
 
     Returns:
-        hidden and the last states, as :func:`fastvae.functional.lstm_decode`. On CUDA the reference computes them.
+        hidden and the last states, as :func:`fastvae.functional.lstm_decode`.
 
     Raises:
         TypeError, ValueError: naming the argument whose type, shape, device or value is wrong.
-        IndexError: if a token is out of range.
+        IndexError: if a token is out of range (on CUDA the row becomes NaN instead, as checking would synchronise).
     """
     return _decode(
         "embedding", tokens, z, h0, c0, embedding, weight_ih, weight_hh, bias, norm_input, norm_hidden, norm_cell, eps,

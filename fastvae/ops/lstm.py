@@ -10,13 +10,15 @@ in latent and states only, so that gather and input product are made once for al
 Source: Hochreiter & Schmidhuber 1997 (as torch.nn.LSTM, gates i, f, g, o); word dropout: Bowman et al. 2016.
 """
 
+import math
+import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae.ops.backend import CORE, compute_dtype, first_order, in_autocast_dtype, kernel, large, pointer, register
+from fastvae.ops.backend import CORE, compute_dtype, first_order, in_autocast_dtype, large, pointer, register
 from fastvae.ops.checks import check_float
 from fastvae.ops.recurrence import (
     check_recurrence,
@@ -28,6 +30,8 @@ from fastvae.ops.recurrence import (
     positions_as_words,
     recorded,
     sample_count,
+    triton_backward,
+    triton_forward,
     weight_scratch,
     with_samples,
 )
@@ -191,44 +195,43 @@ def _cpu_backward(
     )
 
 
-# -------------------------------------------------------------------------------------------- Triton on CUDA
-_triton_forward = kernel("lstm", "forward")
-_triton_backward = kernel("lstm", "backward")
+# -------------------------------------------------------------------------------------------- cuDNN on CUDA
+def library(source: str, tokens: Tensor, z: Tensor | None, h0: Tensor, c0: Tensor, embedding: Tensor,
+            weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, seed: Tensor, word_dropout: float,
+            unk_index: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same through torch's own LSTM and autograd, for one sample, (B, ...), of sequences of full length."""
+    batch, time = tokens.shape
+    if source == "inputs":
+        inputs = embedding.view(batch, time, -1)
+    else:
+        words = dropped_tokens(tokens, tokens.new_full((batch,), time), seed, word_dropout, unk_index)
+        valid = (words >= 0) & (words < embedding.shape[0])
+        inputs = F.embedding(words.where(valid, 0), embedding).masked_fill(~valid[:, :, None], math.nan)
+    if z is not None:
+        inputs = torch.cat([inputs, z[:, None].expand(-1, time, -1)], -1)
+    weights = [weight_ih, weight_hh, *([] if bias is None else [bias, torch.zeros_like(bias)])]
+    # In one piece, as cuDNN wants them: else they are copied at every call, with a warning.
+    flat = torch.cat([w.flatten() for w in weights]).split([w.numel() for w in weights])
+    weights = [part.view_as(w) for part, w in zip(flat, weights, strict=True)]
+    states, recording = (h0[None], c0[None]), torch.is_grad_enabled()
+    with torch.autocast(tokens.device.type, enabled=False):
+        hidden, h_n, c_n = torch._VF.lstm(inputs, states, weights, bias is not None, 1, 0.0, recording, False, True)
+    return hidden, h_n[0], c_n[0]
 
 
-def _cuda_forward(tokens: Tensor, lengths: Tensor, static_gates: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    if static_gates.dtype == torch.float64:
-        return _reference_op(tokens, lengths, static_gates, *args)
-    *tensors, seed, word_dropout, unk_index, keep = args
-    operands = [t.contiguous() for t in (tokens, lengths, static_gates, *tensors)]
-    return _triton_forward(*operands, seed, word_dropout, unk_index, keep)
-
-
-def _cuda_backward(
-    grad_hidden: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    hidden: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    tokens: Tensor,
-    lengths: Tensor,
-    static_gates: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    *args: Any,
-) -> tuple[Tensor, ...]:
-    if static_gates.dtype == torch.float64:
-        return reference_backward(
-            grad_hidden, grad_h_n, grad_c_n, hidden, gates, cells, tokens, lengths, static_gates, h0, c0, *args
-        )
-    *weights, seed, word_dropout, unk_index = args
-    grads = [
-        torch.zeros_like(like) if grad is None else grad
-        for grad, like in ((grad_hidden, hidden), (grad_h_n, h0), (grad_c_n, c0))
-    ]
-    operands = [t.contiguous() for t in (*grads, hidden, gates, cells, tokens, lengths, h0, c0, *weights)]
-    return _triton_backward(*operands, seed, word_dropout, unk_index)
+def _library_serves(tokens: Tensor, h0: Tensor, embedding: Tensor) -> bool:
+    # Whether sequences of full length go through cuDNN: a rule after what others report, and no measurement of ours.
+    return (
+        not torch.compiler.is_compiling()  # it would trace the steps one by one
+        and embedding.device.type == "cuda"
+        and embedding.dtype.itemsize == 2
+        and h0.shape[1] % 128 == 0
+        and h0.shape[0] == tokens.shape[0]  # samples would no longer share what depends on the tokens alone
+        and min(tokens.numel(), h0.numel(), embedding.numel()) > 0
+        and os.environ.get("FASTVAE_CUDNN_LSTM") != "0"
+        and not torch.are_deterministic_algorithms_enabled()
+        and torch.cudnn_is_acceptable(embedding)
+    )
 
 
 # ------------------------------------------------------------------------------------------ schema, autograd
@@ -259,7 +262,7 @@ _forward = register(
     reference=_reference_op,
     fake=_fake_forward,
     cpu=_cpu_forward,
-    cuda=_cuda_forward,
+    cuda=triton_forward("lstm", _reference_op),
 )
 _backward = register(
     "lstm_decode_backward(Tensor? grad_hidden, Tensor? grad_h_n, Tensor? grad_c_n, Tensor hidden, Tensor gates, "
@@ -267,7 +270,7 @@ _backward = register(
     reference=reference_backward,
     fake=_fake_backward,
     cpu=_cpu_backward,
-    cuda=_cuda_backward,
+    cuda=triton_backward("lstm", reference_backward, outputs=3, saved=2),
 )
 
 
@@ -324,7 +327,9 @@ def lstm_decode(
         weight_ih: (4 * hidden, embed + latent), gates in nn.LSTM's order i, f, g, o.
         weight_hh: (4 * hidden, hidden).
         bias: (4 * hidden,), the sum of nn.LSTM's two, or None.
-        lengths: valid steps of each sequence, int64 (batch,), in [0, time]; all of them if None.
+        lengths: valid steps of each sequence, int64 (batch,), in [0, time]; all of them if None. Then cuDNN runs the
+            steps on CUDA, in 16-bit, without samples, where `hidden` is a multiple of 128; not if the environment has
+            FASTVAE_CUDNN_LSTM=0, torch is to be deterministic, or in a compiled graph.
         word_dropout: probability that an input word is replaced by `unk_index`; not at the first step.
         unk_index: index of <unk>; needed when `word_dropout` is positive.
         generator: source of the seed, on the inputs' device; torch's global one if None.
@@ -388,6 +393,7 @@ def _decode(
     # `source` is what the caller calls the embedding.
     check_float(source, embedding)
     embedding, weight_ih, weight_hh, bias = in_autocast_dtype(embedding, weight_ih, weight_hh, bias)
+    full_length = lengths is None
     sequences, lengths, seed, word_dropout, unk_index = check_recurrence(
         source, 4, tokens, z, {"h0": h0, "c0": c0}, embedding, weight_ih, weight_hh, {"bias": bias}, lengths, **options
     )
@@ -395,6 +401,12 @@ def _decode(
     if c0 is h0:  # Dynamo refuses one tensor given twice to an autograd function
         c0 = h0.view_as(h0)
     h0, c0 = (state.flatten(0, -2).to(embedding.dtype) for state in (h0, c0))
+    if full_length and _library_serves(tokens, h0, embedding):
+        z = None if z is None else z.flatten(0, -2).to(embedding.dtype)
+        weights = embedding, weight_ih, weight_hh, bias
+        outputs = library(source, tokens, z, h0, c0, *weights, seed, word_dropout, unk_index)
+        hidden, h_n, c_n = with_samples(outputs, sequences)
+        return hidden, h_n, c_n
     # A latent's contribution does not change from step to step: one product per sequence.
     rows = h0.shape[0]
     static_gates = embedding.new_zeros((rows, 4 * size)) if bias is None else bias.expand(rows, -1)

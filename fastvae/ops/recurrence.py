@@ -1,12 +1,12 @@
 """What the recurrences share: word dropout, packing, checks of operands, and the products around the recurrent one."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvae.ops.backend import CORE, TRITON_MISSING, large, pointer, recording
+from fastvae.ops.backend import CORE, TRITON_MISSING, kernel, large, pointer, recording
 from fastvae.ops.checks import check_device, check_float, check_index, check_like, check_seed, check_shape
 from fastvae.ops.random import draw_seed, uniform
 
@@ -113,11 +113,47 @@ def weight_scratch(weight: Tensor) -> Tensor:
     return large(weight.new_empty(weight.shape[0] * (-(-weight.shape[1] // 32) * 32)))
 
 
+# -------------------------------------------------------------------------------------------- Triton on CUDA
+def triton_forward(module: str, reference: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Return the forward op of `fastvae.kernels.<module>` on CUDA; `reference` serves float64."""
+    launch = kernel(module, "forward")
+
+    def call(tokens: Tensor, lengths: Tensor, static: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        serve = reference if static.dtype == torch.float64 else launch
+        return serve(*_contiguous(tokens, lengths, static, *args))
+
+    return call
+
+
+def triton_backward(
+    module: str, reference: Callable[..., tuple[Tensor, ...]], outputs: int, saved: int
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Return the backward op likewise; the kernel takes its arguments but for the static gates.
+
+    These are the gradients of `outputs` outputs (hidden, then states), None for zeros; hidden; `saved` tensors which
+    the kernel has kept; and what the forward took.
+    """
+    launch, static = kernel(module, "backward"), outputs + 1 + saved + 2
+
+    def call(*args: Any) -> tuple[Tensor, ...]:
+        if args[static].dtype == torch.float64:
+            return reference(*args)
+        likes = args[outputs], *args[static + 1 : static + outputs]
+        grads = (torch.zeros_like(like) if g is None else g for g, like in zip(args[:outputs], likes, strict=True))
+        return launch(*_contiguous(*grads, *args[outputs:static], *args[static + 1 :]))
+
+    return call
+
+
+def _contiguous(*args: Any) -> list[Any]:
+    return [t.contiguous() if isinstance(t, Tensor) else t for t in args]
+
+
 # ------------------------------------------------------------------------------------------ schema, autograd
-def kernel_keeps(h0: Tensor, static: Tensor, keep: bool, *, on_gpu: bool = True) -> bool:
+def kernel_keeps(h0: Tensor, static: Tensor, keep: bool) -> bool:
     """Whether a kernel, rather than the reference, will serve, and is to keep what its backward reads."""
     if h0.device.type == "cuda":
-        return keep and on_gpu and not TRITON_MISSING and static.dtype == torch.float32
+        return keep and not TRITON_MISSING and static.dtype == torch.float32
     return keep and h0.device.type == "cpu" and CORE is not None
 
 

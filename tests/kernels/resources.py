@@ -32,6 +32,7 @@ from fastvae.kernels import (
     gaussian,
     gru,
     importance,
+    layer_norm_lstm,
     likelihood,
     lstm,
     posterior,
@@ -214,12 +215,13 @@ def _cross_entropy(sizes: _Sizes, dtype: torch.dtype, label_smoothing: float = 0
     cross_entropy.backward(losses, hidden, weight, bias, target, losses, -100, label_smoothing, True, True)
 
 
-def _lstm(sizes: _Sizes, dtype: torch.dtype) -> None:
+def _lstm(sizes: _Sizes, dtype: torch.dtype, hidden_size: int = 256) -> None:
     tokens, lengths = _tensor(*sizes, dtype=torch.int64), _tensor(sizes.rows, dtype=torch.int64)
-    state, embedding = _tensor(sizes.rows, 256, dtype=dtype), _tensor(10000, 256, dtype=dtype)
-    weight, seed = _tensor(1024, 256, dtype=dtype), _tensor(1, dtype=torch.int64)
-    weights = (state, state, embedding, weight, weight, seed, 0.3, 1)
-    hidden, h_n, c_n, gates, cells = lstm.forward(tokens, lengths, _tensor(sizes.rows, 1024), *weights)
+    state, embedding = _tensor(sizes.rows, hidden_size, dtype=dtype), _tensor(10000, 256, dtype=dtype)
+    seed = _tensor(1, dtype=torch.int64)
+    weight_input, weight_hh = (_tensor(4 * hidden_size, size, dtype=dtype) for size in (256, hidden_size))
+    weights = (state, state, embedding, weight_input, weight_hh, seed, 0.3, 1)
+    hidden, h_n, c_n, gates, cells = lstm.forward(tokens, lengths, _tensor(sizes.rows, 4 * hidden_size), *weights)
     lstm.backward(hidden, h_n, c_n, hidden, gates, cells, tokens, lengths, *weights)
 
 
@@ -230,6 +232,17 @@ def _gru(sizes: _Sizes, dtype: torch.dtype) -> None:
     weights = (state, embedding, weight, weight, seed, 0.3, 1)
     hidden, h_n, gates = gru.forward(tokens, lengths, _tensor(2 * sizes.rows, 1024), *weights, True)
     gru.backward(hidden, h_n, hidden, gates, tokens, lengths, *weights)
+
+
+def _layer_norm_lstm(sizes: _Sizes, dtype: torch.dtype, hidden_size: int = 256) -> None:
+    tokens, lengths = _tensor(*sizes, dtype=torch.int64), _tensor(sizes.rows, dtype=torch.int64)
+    state, embedding = _tensor(sizes.rows, hidden_size, dtype=dtype), _tensor(10000, 256, dtype=dtype)
+    weight_input, weight_hh = (_tensor(4 * hidden_size, size, dtype=dtype) for size in (256, hidden_size))
+    norms = _tensor(3, 4 * hidden_size, dtype=dtype), _tensor(2, hidden_size, dtype=dtype)
+    weights = (state, state, embedding, weight_input, weight_hh, *norms, _tensor(1, dtype=torch.int64), 0.3, 1, 1e-5)
+    static_inputs = _tensor(sizes.rows, 4 * hidden_size)
+    hidden, h_n, c_n, *kept = layer_norm_lstm.forward(tokens, lengths, static_inputs, *weights, True)
+    layer_norm_lstm.backward(hidden, h_n, c_n, hidden, *kept, tokens, lengths, *weights)
 
 
 def _ista(sizes: _Sizes, atoms: int, features: int) -> None:
@@ -246,11 +259,11 @@ def _fista(sizes: _Sizes, atoms: int, features: int, positive: bool = False) -> 
         sparse._advance_on_chip(problem, state, sizes.steps, 10 * sizes.steps)
 
 
-def _tf32(family: Callable[[_Sizes, torch.dtype], None], sizes: _Sizes) -> None:
+def _tf32(family: Callable[..., None], sizes: _Sizes, *settings: Any) -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        family(sizes, torch.float32)
+        family(sizes, torch.float32, *settings)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -286,9 +299,18 @@ _CASES: dict[str, Callable[[_Sizes], None]] = {
     "LSTM in float32": lambda n: _lstm(n, torch.float32),
     "LSTM in TF32": lambda n: _tf32(_lstm, n),
     "LSTM in bfloat16": lambda n: _lstm(n, torch.bfloat16),
+    "LSTM of 32 units in float32": lambda n: _lstm(n, torch.float32, 32),
+    "LSTM of 64 units in TF32": lambda n: _tf32(_lstm, n, 64),
+    "LSTM of 64 units in bfloat16": lambda n: _lstm(n, torch.bfloat16, 64),
+    "LSTM of 128 units in bfloat16": lambda n: _lstm(n, torch.bfloat16, 128),
     "GRU in float32": lambda n: _gru(n, torch.float32),
     "GRU in TF32": lambda n: _tf32(_gru, n),
     "GRU in bfloat16": lambda n: _gru(n, torch.bfloat16),
+    "layer-normalized LSTM in float32": lambda n: _layer_norm_lstm(n, torch.float32),
+    "layer-normalized LSTM in TF32": lambda n: _tf32(_layer_norm_lstm, n),
+    "layer-normalized LSTM in bfloat16": lambda n: _layer_norm_lstm(n, torch.bfloat16),
+    "layer-normalized LSTM of 33 units in float32": lambda n: _layer_norm_lstm(n, torch.float32, 33),
+    "layer-normalized LSTM of 1024 units in bfloat16": lambda n: _layer_norm_lstm(n, torch.bfloat16, 1024),
     "256 atoms of 64 features": lambda n: _ista(n, 256, 64),
     "256 atoms of 64 features in TF32": lambda n: _tf32(lambda n, _: _ista(n, 256, 64), n),
     "65 atoms of 33 features": lambda n: _ista(n, 65, 33),

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from fastvae.kernels import lstm
+
 SCRIPT = Path(__file__).with_name("resources.py")
 KERNELS = Path(__file__).parents[2] / "kernels"
 MAX_SPILLED_BYTES = 64  # stored and loaded: a few scalars at most
@@ -40,7 +42,12 @@ def test_every_kernel_is_compiled(compiled: dict[str, Any]) -> None:
 def test_spills_and_shared_memory(compiled: dict[str, Any]) -> None:
     for row in compiled["rows"]:
         assert row["spills"] <= MAX_SPILLED_BYTES, row
-        assert row["shared"] <= MAX_SHARED_BYTES, row
+        on_chip = re.fullmatch(r"LSTM of (\d+) units in .*?(16|32)", row["case"])
+        if on_chip and "sequence" in row["kernel"]:  # chosen by what the GPU has
+            size, bits = map(int, on_chip.groups())
+            assert row["shared"] <= lstm._shared_bytes(size, bits // 8) <= 163 * 1024, row
+        else:
+            assert row["shared"] <= MAX_SHARED_BYTES, row
 
 
 def test_table_is_current(compiled: dict[str, Any]) -> None:

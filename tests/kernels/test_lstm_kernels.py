@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvae.kernels import lstm
+from fastvae.kernels import lstm, recurrence
 from fastvae.ops import random
 
 SEED, UNK = 123456789012345, 1
@@ -74,11 +74,34 @@ class _Problem:
         return [x.cpu() for x in outputs], [g.cpu() for g in grads]
 
 
-@pytest.mark.usefixtures("poison")
+@pytest.fixture(params=["a launch for all steps", "a launch a step"])
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the test on both kinds of kernels, whatever the size."""
+    monkeypatch.setattr(lstm, "_fits_chip", lambda weight_hh: request.param == "a launch for all steps")
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "dtype", "precision", "fits"),
+    [
+        (32, torch.float32, "ieee", True),
+        (33, torch.float32, "ieee", False),
+        (33, torch.float32, "tf32", True),
+        (65, torch.float32, "tf32", False),
+        (128, torch.bfloat16, "ieee", True),
+        (129, torch.float16, "ieee", False),
+    ],
+)
+def test_what_fits_on_chip(hidden_size: int, dtype: torch.dtype, precision: str, fits: bool,
+                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(lstm, "dot_precision", lambda: precision)
+    assert lstm._fits_chip(torch.empty(4 * hidden_size, hidden_size, dtype=dtype)) == fits
+
+
+@pytest.mark.usefixtures("poison", "launches")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("sizes", "samples"),
-    [((1, 1, 1, 1, 2), 1), ((7, 5, 7, 33, 11), 1), ((33, 3, 33, 7, 257), 1), ((5, 4, 7, 33, 11), 7)],
+    [((1, 1, 1, 1, 2), 1), ((33, 3, 33, 7, 257), 1), ((5, 4, 7, 33, 11), 7)],
     ids=str,
 )
 def test_matches_float64(
@@ -98,7 +121,7 @@ def test_matches_float64(
         assert_within_budget(name, mine, truth, peer.to(mine.dtype), rounding=rounding)
 
 
-@pytest.mark.usefixtures("poison")
+@pytest.mark.usefixtures("poison", "launches")
 def test_padding_is_zero_and_states_stop_at_the_length(device: str) -> None:
     problem = _Problem((7, 5, 7, 33, 11), torch.float32)
     (hidden, h_n, c_n), grads = problem.kernels(device)
@@ -113,7 +136,7 @@ def test_padding_is_zero_and_states_stop_at_the_length(device: str) -> None:
     assert (grads[0][empty] == 0).all()
 
 
-@pytest.mark.usefixtures("poison")
+@pytest.mark.usefixtures("poison", "launches")
 def test_all_sequences_empty(device: str) -> None:
     problem = _Problem((3, 2, 7, 33, 11), torch.float32)
     problem.lengths.zero_()
@@ -131,7 +154,7 @@ def test_word_dropout_follows_the_stream(probability: float, device: str) -> Non
     problem.lengths.fill_(7)
     problem.lengths[4] = 3
     operands = [x.to(device) for x in (problem.tokens, problem.lengths, problem.floats[3])]
-    inputs, words = lstm._embed(*operands, torch.tensor([SEED], device=device), probability, UNK)
+    inputs, words = recurrence.embed(*operands, torch.tensor([SEED], device=device), probability, UNK)
     inside = torch.arange(7) < problem.lengths[:, None]
     expected = problem.words()
     assert torch.equal(words.cpu().reshape(33, 7), torch.where(inside, expected, 0))
@@ -140,7 +163,7 @@ def test_word_dropout_follows_the_stream(probability: float, device: str) -> Non
     assert torch.equal(inputs.cpu().reshape(33, 7, 5), gathered)
 
 
-@pytest.mark.usefixtures("poison")
+@pytest.mark.usefixtures("poison", "launches")
 @pytest.mark.parametrize("wrong", [-1, 11, 2**40])
 def test_a_token_out_of_range_gives_nan(wrong: int, device: str) -> None:
     problem = _Problem((7, 5, 7, 33, 11), torch.float32, 0.0)
@@ -168,6 +191,7 @@ def test_no_elements(sizes: tuple[int, ...], device: str) -> None:
     assert all((grads[i] == 0).all() for i in (0, 3, 4, 5))
 
 
+@pytest.mark.usefixtures("launches")
 def test_repeats_bit_for_bit(device: str) -> None:
     problem = _Problem((33, 3, 33, 7, 11), torch.float32)
     first, second = problem.kernels(device), problem.kernels(device)
