@@ -130,6 +130,9 @@ class DenoisingAutoEncoder(nn.Module):
     reads x through `corrupted_linear`: the corrupted copy is never whole in memory. With `nn.Linear` and
     `nn.Identity` as encoder and decoder the model is the linear one, whose optimum has a closed form.
 
+    `config` holds the constructor's other arguments: `DenoisingAutoEncoder(encoder, decoder, **model.config)` builds
+    the same model.
+
     Args:
         encoder: any module from x `(batch, *data_shape)` to codes.
         decoder: any module from codes to means or logits `(batch, *data_shape)`.
@@ -157,6 +160,13 @@ class DenoisingAutoEncoder(nn.Module):
         check_choice("likelihood", likelihood, ("gaussian", "bernoulli"))
         nothing, seed = torch.zeros(0), torch.zeros(1, dtype=torch.int64)
         corrupt(nothing, noise, level, low=low, high=high, seed=seed)  # its checks, before the first batch
+        self.config: dict[str, Any] = {
+            "noise": noise,
+            "level": level,
+            "likelihood": likelihood,
+            "low": low,
+            "high": high,
+        }
         self.encoder = encoder
         self.decoder = decoder
         self.noise: Literal["gaussian", "masking", "salt_and_pepper"] = noise

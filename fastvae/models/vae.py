@@ -58,6 +58,8 @@ class VAE(nn.Module):
     - "score_function_baseline": less the running mean of -log p(x|z) over the training batches before, the buffer
       `baseline`; unbiased too, of less variance.
 
+    `config` holds the constructor's other arguments: `VAE(encoder, decoder, **model.config)` builds the same model.
+
     Args:
         encoder: any module from x `(batch, *data_shape)` to features `(batch, F)`.
         decoder: any module from z to what the likelihood asks for.
@@ -108,6 +110,16 @@ class VAE(nn.Module):
             raise ValueError(f"log_var: expected None for likelihood {likelihood!r}, got {log_var}")
         weight = next((p for p in encoder.parameters() if p.is_floating_point()), torch.empty(0))
         made: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        self.config: dict[str, Any] = {
+            "latent_dim": latent_dim,
+            "likelihood": likelihood,
+            "posterior": posterior,
+            "estimator": estimator,
+            "beta": beta,
+            "free_bits": free_bits,
+            "log_var": log_var,
+            "features": features,
+        }
         self.encoder = encoder
         count = _feature_count(encoder, features)
         self.head: GaussianHead | FullGaussianHead = (
@@ -356,6 +368,9 @@ class IWAE(VAE):
         super().__init__(
             encoder, decoder, latent_dim, likelihood=likelihood, posterior=posterior, log_var=log_var, features=features
         )
+        for name in ("estimator", "beta", "free_bits"):
+            del self.config[name]
+        self.config["num_samples"] = num_samples
         if num_samples < 1:
             raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
         self.num_samples = num_samples
