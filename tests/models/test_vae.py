@@ -392,9 +392,8 @@ def test_what_overflows_is_infinite_and_never_nan(posterior, likelihood, dtype):
         assert not output.loss.isnan()
         assert not output.nll.isnan().any()
         assert output.kl.isfinite().all() == (dtype in (torch.float64, torch.float16))  # 5e39 is above float32's range
-        if output.loss.isfinite():
-            largest = torch.stack([p.grad.abs().max() for p in model.parameters()]).max()  # NaN if there is one
-            assert largest.isfinite() or (dtype == torch.float16 and largest == math.inf)
+        if output.loss.isfinite() and dtype != torch.float16:  # where the gradients themselves are out of range
+            assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize(
