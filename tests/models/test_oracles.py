@@ -28,7 +28,7 @@ def correlated(rows, features, strength=3.0):
     return x @ basis.T + torch.randn(features, generator=generator, dtype=torch.float64)
 
 
-def minimise(model, loss, steps=1000):
+def minimise(model, loss, steps=150):
     optimizer = torch.optim.LBFGS(
         model.parameters(), max_iter=steps, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
     )
@@ -83,15 +83,15 @@ def test_linear_denoising_auto_encoder_is_the_closed_form(noise, level):
     else:
         expected = second @ torch.linalg.inv(second + level**2 * torch.eye(4))
     # With one seed the corruption is fixed and the loss an exact least-squares problem; seeds differ by the draws.
-    many, solutions = x.repeat(200, 1), []
-    for draw in range(16):
+    many, solutions = x.repeat(100, 1), []
+    for draw in range(12):
         linear = nn.Linear(4, 4, bias=False, dtype=torch.float64)
         model = DenoisingAutoEncoder(linear, nn.Identity(), noise=noise, level=level)
         minimise(model, lambda model=model, draw=draw: model(many, seed=seed(draw)).loss, 100)
         solutions.append(linear.weight.detach())
     solutions = torch.stack(solutions)
     error = solutions.std(0) / len(solutions) ** 0.5
-    assert error.max() < 0.01
+    assert error.max() < 0.02
     assert ((solutions.mean(0) - expected).abs() < 5 * error).all()
     assert (expected - torch.eye(4)).abs().max() > 0.1, "the case must differ from no corruption"
 
@@ -117,7 +117,7 @@ def exact_posterior(model, x):
 def test_linear_vae_reaches_the_likelihood_of_probabilistic_pca(posterior):
     x = correlated(150, 6, strength=2.0)
     model = linear_vae(6, 2, posterior=posterior)
-    minimise(model, lambda: model(x, num_samples=20, seed=seed(0)).loss, 150)
+    minimise(model, lambda: model(x, num_samples=20, seed=seed(0)).loss)
     exact = PCA(2).fit(x.numpy()).score(x.numpy())
     with torch.no_grad():
         draws = model(x, num_samples=500, seed=seed(-1)).elbo.mean().item()
@@ -174,7 +174,7 @@ def test_importance_weighted_bound_rises_with_samples_to_the_likelihood(posterio
         model.head.linear.bias[-1] = 0.3
     exact = exact_posterior(model, x)[0].mean().item()
     bounds = []
-    for samples in (1, 4, 16, 4096):
+    for samples in (1, 4, 16, 2048):
         with torch.no_grad():
             draws = [-model(x, num_samples=samples, seed=seed(s)).loss for s in range(max(4, 800 // samples))]
         bounds.append(torch.stack(draws))
@@ -215,7 +215,7 @@ def test_gradient_estimators_have_the_exact_mean(posterior, estimator):
 
 
 def test_variance_of_the_score_function_is_higher_and_a_baseline_lowers_it():
-    rows = measure(8, data=20, draws=200, epochs=5)
+    rows = measure(8, data=20, draws=100, epochs=3)
     by_estimator = {row["estimator"]: row["variance"] for row in rows}
     assert by_estimator["reparameterized"] * 5 < by_estimator["score_function_baseline"]
     assert by_estimator["score_function_baseline"] * 5 < by_estimator["score_function"]
@@ -227,7 +227,7 @@ def digits():
     return torch.tensor(load_digits().images / 16, dtype=torch.float32)
 
 
-def digits_vae(digits, steps=300, **settings):
+def digits_vae(digits, steps=250, **settings):
     torch.manual_seed(0)
     encoder, decoder = MLPEncoder((8, 8), (64,)), MLPDecoder(8, (8, 8), (64,))
     model = VAE(encoder, decoder, 8, likelihood="bernoulli", **settings)
@@ -269,7 +269,7 @@ def test_more_beta_means_less_kl_and_a_worse_reconstruction(digits):
 
 @pytest.mark.parametrize("posterior", ["diagonal", pytest.param("full", marks=pytest.mark.slow)])
 def test_free_bits_hold_the_kl_at_the_floor(digits, posterior):
-    settings = {"steps": 500, "beta": 4.0, "posterior": posterior}
+    settings = {"steps": 400, "beta": 4.0, "posterior": posterior}
     _, collapsed = terms(digits_vae(digits, **settings), digits)
     model = digits_vae(digits, free_bits=0.5, **settings)
     _, kl = terms(model, digits)
