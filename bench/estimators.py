@@ -101,15 +101,22 @@ def measure(latent_dim: int, *, data: int, draws: int, epochs: int, seed: int = 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the variances as Markdown, a latent size a line."""
-    lines = [f"| latent dimensions | {' | '.join(ESTIMATORS)} |", "|--:|" + "--:|" * len(ESTIMATORS)]
+    lines = [
+        f"| latent dimensions | {' | '.join(e.replace('_', ' ') for e in ESTIMATORS)} |",
+        "|--:|" + "--:|" * len(ESTIMATORS),
+    ]
     for latent_dim in dict.fromkeys(row["latent_dim"] for row in rows):
         cells = [
-            f"{row['variance']:.3g} ({row['times_reparameterized']:.3g}x)"
+            f"{_number(row['variance'])} ({_number(row['times_reparameterized'])}x)"
             for row in rows
             if row["latent_dim"] == latent_dim
         ]
         lines.append(f"| {latent_dim} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -133,7 +140,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.estimators", description=__doc__)
     parser.add_argument("--latent", type=int, nargs="+", default=LATENT_DIMS, metavar="SIZE", help="latent sizes")
     parser.add_argument("--data", type=int, default=200, help="digits [200]")
-    parser.add_argument("--draws", type=int, default=1000, help="gradients of each digit [1000]")
+    parser.add_argument("--draws", type=int, default=500, help="gradients of each digit [500]")
     parser.add_argument("--epochs", type=int, default=40, help="of training [40]")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results [bench/results]")
     arguments = parser.parse_args()
