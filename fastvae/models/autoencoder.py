@@ -224,7 +224,7 @@ class DenoisingAutoEncoder(nn.Module):
 
     def extra_repr(self) -> str:
         """List the settings for `print`."""
-        return f"noise={self.noise!r}, level={self.level}, likelihood={self.likelihood!r}"
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 
     def _encode_corrupted(self, x: Tensor, **options: Any) -> Tensor:
         layers = _plain_layers(self.encoder)

@@ -308,7 +308,7 @@ class VAE(nn.Module):
 
     def extra_repr(self) -> str:
         """List the settings for `print`."""
-        return f"likelihood={self.likelihood!r}, estimator={self.estimator!r}, beta={self.beta}"
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 
     def _features(self, x: Tensor) -> Tensor:
         if self.likelihood != "categorical":
