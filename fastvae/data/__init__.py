@@ -1,5 +1,6 @@
-"""Text in, padded batches out: vocabularies, corpora, batching and a corpus of known entropy."""
+"""Text in, padded batches out: vocabularies, corpora, batching and a corpus of known entropy; vectors and images."""
 
+from fastvae.data.arrays import Samples, Scaling, load_array
 from fastvae.data.assistant import AssistantGrammar, Utterance
 from fastvae.data.batching import StreamingBatches, TextBatch, TokenBatchSampler, collate
 from fastvae.data.corpus import StreamingTextCorpus, TextCorpus, load_text, read_sentences
@@ -8,6 +9,8 @@ from fastvae.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 __all__ = [
     "SPECIAL_TOKENS",
     "AssistantGrammar",
+    "Samples",
+    "Scaling",
     "StreamingBatches",
     "StreamingTextCorpus",
     "TextBatch",
@@ -16,6 +19,7 @@ __all__ = [
     "Utterance",
     "Vocabulary",
     "collate",
+    "load_array",
     "load_text",
     "read_sentences",
 ]

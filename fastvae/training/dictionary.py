@@ -12,11 +12,11 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from fastvae.data.arrays import image_files, read_image, read_npy
 from fastvae.estimators import MiniBatchDictionaryLearning, SparseCoder
 from fastvae.training.checkpoint import replace_atomically
 from fastvae.training.curves import figure_to
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 _HELD_OUT = 5000  # samples at most, and at most a tenth of all
 _FLAT = 0.1  # of the mean norm: patches under it are sky and noise, which normalising would blow up
 _SCALE = 5  # pixels that a pixel of an atom takes in the picture
@@ -149,7 +149,7 @@ def learn_dictionary(
 def _samples(data: str | Path | None, patch_size: int, most: int, raw: bool, random: Any) -> np.ndarray:
     path = None if data is None else Path(data)
     if path is not None and path.suffix == ".npy":
-        array = _array(path)
+        array = read_npy(path)
         if array.ndim == 2:
             if raw and not most:
                 return array
@@ -167,43 +167,13 @@ def _samples(data: str | Path | None, patch_size: int, most: int, raw: bool, ran
         images = load_sample_images().images
         names = ["china", "flower"]
     else:
-        images = names = _image_files(path)
+        images = names = image_files(path)
     return _patches(images, names, patch_size, most or 100_000, raw, random)
-
-
-def _array(path: Path) -> np.ndarray:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}")
-    try:
-        array = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is no array of numbers that numpy.save wrote: {error}") from error
-    if array.dtype.kind not in "fiub" or array.ndim not in (2, 3, 4):
-        raise ValueError(
-            f"{path}: expected real numbers of shape (samples, features) or (images, height, width[, channels]), "
-            f"got {array.dtype} of shape {array.shape}"
-        )
-    return array
-
-
-def _image_files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise FileNotFoundError(f"no file or folder at {path}")
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
-    if not files or files[0].suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"{path}: expected a .npy file, an image or a folder of images ({', '.join(_SUFFIXES)})")
-    return files
 
 
 def _grey(image: Any) -> np.ndarray:
     if isinstance(image, Path):
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(image) as opened:
-                return np.asarray(opened.convert("F"))
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{image} cannot be read as an image: {error}") from error
+        return read_image(image, "F")
     image = np.asarray(image, np.float32)
     return image.mean(2) if image.ndim == 3 else image
 
