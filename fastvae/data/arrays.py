@@ -257,7 +257,7 @@ def _image_folder(folder: Path, size: int) -> Samples:
     files = image_files(folder)
     modes = {_image_mode(file) for file in files}
     mode = "RGB" if "RGB" in modes else "F" if "F" in modes else "L"
-    images = []
+    images: list[NDArray[Any]] = []
     for file in files:
         image = read_image(file, mode, size)
         if images and image.shape != images[0].shape:

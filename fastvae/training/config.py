@@ -1,4 +1,4 @@
-"""The settings of a training run: one flat dataclass, read from flags or a YAML file and checked first."""
+"""The settings of training runs: a flat dataclass for each model, read from flags or a YAML file and checked first."""
 
 from __future__ import annotations
 
@@ -6,46 +6,46 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from fastvae.data.arrays import SCALINGS
 from fastvae.training.checkpoint import replace_atomically
 
 KL_SCHEDULES = ("constant", "linear", "logistic", "cyclical")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
+CHOICES = {
+    "kl_schedule": KL_SCHEDULES,
+    "lr_schedule": LR_SCHEDULES,
+    "precision": PRECISIONS,
+    "scaling": ("auto", *SCALINGS),
+    "encoder": ("mlp", "conv"),
+    "likelihood": ("auto", "bernoulli", "gaussian", "categorical"),
+    "posterior": ("diagonal", "full"),
+    "estimator": ("reparameterized", "score_function", "score_function_baseline"),
+    "noise": ("gaussian", "masking", "salt_and_pepper"),
+}
 _AT_LEAST = {
-    0: "max_length workers max_tokens max_minutes kl_start kl_weight kl_steps free_bits patience seed checkpoint_every",
-    1: "min_count embed_dim hidden_size latent_dim num_layers batch_size epochs devices log_every",
+    0: "max_length workers max_tokens max_minutes kl_start kl_weight kl_steps free_bits patience seed checkpoint_every "
+    "image_size beta level",
+    1: "min_count embed_dim hidden_size latent_dim num_layers batch_size epochs devices log_every num_samples",
     5: "vocab_size",
 }
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Settings of one training run of a sentence VAE.
+class RunConfig:
+    """Settings that every training run has.
 
     Args:
-        data: name of a corpus ("assistant", "ptb") or path of a text file, one sentence a line.
-        valid: path of the validation text; None takes the corpus's own split, or holds out 5 % of a file.
+        data: what to train on.
+        model: one of `CONFIGS`.
         out: folder of the run.
-        vocab_size: largest vocabulary, special tokens included. min_count: rarer words become <unk>.
-        max_length: longer training sentences are cut to this many words; 0 keeps them whole.
-        streaming: read the training file sentence by sentence instead of holding it in memory.
-        workers: processes that prepare batches; 0 prepares them in the training process.
-        embed_dim, hidden_size, latent_dim: sizes of the word embeddings, the LSTM states and z.
-        num_layers: LSTM layers of the encoder and of the decoder each.
-        word_dropout: probability that the decoder sees <unk> instead of a word. dropout: of the states.
-        layer_dropout: of the states between layers. variational_dropout: drop alike at all steps of a sentence.
-        tie_weights: the output layer uses the decoder's embedding (embed_dim must equal hidden_size).
-        share_embedding: encoder and decoder use the same embedding.
-        batch_size: sentences a step. max_tokens: tokens a step instead of a fixed batch_size; 0 means unused.
+        batch_size: sentences, or rows, a step, over all devices.
         epochs: passes over the data. max_minutes: stop after this long; 0 means no limit.
         lr, lr_schedule: Adam's learning rate and its course over the run. clip: largest gradient norm.
-        kl_schedule, kl_weight, kl_start, kl_steps: the weight of the KL term goes from kl_start to kl_weight
-            in kl_steps optimizer steps (a cycle for "cyclical"); 0 steps means a third of the run.
-        free_bits: nats of KL of each latent dimension, on average over a batch, that cost nothing.
         patience: stop after this many epochs without a better validation -ELBO; 0 never stops early.
         seed, precision, accelerator, devices: as in Lightning; devices > 1 trains by DDP.
         log_every: steps between two rows of metrics. checkpoint_every: steps between two checkpoints in an
@@ -56,8 +56,90 @@ class TrainConfig:
     """
 
     data: str
-    valid: str | None = None
+    model: str = ""
     out: str = "run"
+    batch_size: int = 32
+    epochs: int = 10
+    max_minutes: float = 0.0
+    lr: float = 1e-3
+    lr_schedule: str = "constant"
+    clip: float = 5.0
+    patience: int = 0
+    seed: int = 0
+    precision: str = "32"
+    accelerator: str = "auto"
+    devices: int = 1
+    log_every: int = 50
+    checkpoint_every: int = 1000
+
+    def __post_init__(self) -> None:
+        for smallest, names in _AT_LEAST.items():
+            for name in names.split():
+                if not getattr(self, name, smallest) >= smallest:  # not <, which lets NaN pass
+                    raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+        for name in ("lr", "clip"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name, allowed[0]) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> Self:
+        """Build a config from a mapping and check names and types.
+
+        Raises:
+            ValueError: an unknown name (the closest known one is suggested), a wrong type, or no `data`.
+        """
+        checked = {name: _typed(cls, name, value) for name, value in settings.items()}
+        if checked.get("data", cls.__dataclass_fields__["data"].default) in (None, MISSING):
+            raise ValueError("data is missing: give the name of a corpus or the path of a text file (--data)")
+        return cls(**checked)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain types."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class KLConfig(RunConfig):
+    """Settings of a loss with a weighted KL term.
+
+    Args:
+        kl_schedule, kl_weight, kl_start, kl_steps: the weight of the KL term goes from kl_start to kl_weight
+            in kl_steps optimizer steps (a cycle for "cyclical"); 0 steps means a third of the run.
+        free_bits: nats of KL of each latent dimension, on average over a batch, that cost nothing.
+    """
+
+    kl_schedule: str = "linear"
+    kl_weight: float = 1.0
+    kl_start: float = 0.0
+    kl_steps: int = 0
+    free_bits: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainConfig(KLConfig):
+    """Settings of one training run of a sentence VAE; those of `KLConfig` and `RunConfig`, and its own.
+
+    Args:
+        data: name of a corpus ("assistant", "ptb") or path of a text file, one sentence a line.
+        valid: path of the validation text; None takes the corpus's own split, or holds out 5 % of a file.
+        vocab_size: largest vocabulary, special tokens included. min_count: rarer words become <unk>.
+        max_length: longer training sentences are cut to this many words; 0 keeps them whole.
+        streaming: read the training file sentence by sentence instead of holding it in memory.
+        workers: processes that prepare batches; 0 prepares them in the training process.
+        embed_dim, hidden_size, latent_dim: sizes of the word embeddings, the LSTM states and z.
+        num_layers: LSTM layers of the encoder and of the decoder each.
+        word_dropout: probability that the decoder sees <unk> instead of a word. dropout: of the states.
+        layer_dropout: of the states between layers. variational_dropout: drop alike at all steps of a sentence.
+        tie_weights: the output layer uses the decoder's embedding (embed_dim must equal hidden_size).
+        share_embedding: encoder and decoder use the same embedding.
+        max_tokens: tokens a step instead of a fixed batch_size; 0 means unused.
+    """
+
+    model: str = "sentence_vae"
+    valid: str | None = None
     vocab_size: int = 10_000
     min_count: int = 1
     max_length: int = 0
@@ -73,41 +155,13 @@ class TrainConfig:
     variational_dropout: bool = False
     tie_weights: bool = False
     share_embedding: bool = False
-    batch_size: int = 32
     max_tokens: int = 0
-    epochs: int = 10
-    max_minutes: float = 0.0
-    lr: float = 1e-3
-    lr_schedule: str = "constant"
-    clip: float = 5.0
-    kl_schedule: str = "linear"
-    kl_weight: float = 1.0
-    kl_start: float = 0.0
-    kl_steps: int = 0
-    free_bits: float = 0.0
-    patience: int = 0
-    seed: int = 0
-    precision: str = "32"
-    accelerator: str = "auto"
-    devices: int = 1
-    log_every: int = 50
-    checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
-        for smallest, names in _AT_LEAST.items():
-            for name in names.split():
-                if not getattr(self, name) >= smallest:  # not <, which lets NaN pass
-                    raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+        super().__post_init__()
         for name in ("word_dropout", "dropout", "layer_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("lr", "clip"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        choices = {"kl_schedule": KL_SCHEDULES, "lr_schedule": LR_SCHEDULES, "precision": PRECISIONS}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.tie_weights and self.embed_dim != self.hidden_size:
             raise ValueError(
                 f"tie_weights needs embed_dim equal to hidden_size, got {self.embed_dim} and {self.hidden_size}"
@@ -115,43 +169,192 @@ class TrainConfig:
         if self.streaming and self.valid is None:
             raise ValueError("streaming needs a validation file: give valid (--valid FILE)")
 
-    @classmethod
-    def from_mapping(cls, settings: Mapping[str, Any]) -> TrainConfig:
-        """Build a config from a mapping and check names and types.
 
-        Raises:
-            ValueError: an unknown name (the closest known one is suggested), a wrong type, or no `data`.
-        """
-        checked = {name: _typed(name, value) for name, value in settings.items()}
-        if checked.get("data") is None:
-            raise ValueError("data is missing: give the name of a corpus or the path of a text file (--data)")
-        return cls(**checked)
+@dataclass(frozen=True)
+class ArrayConfig(RunConfig):
+    """Settings of a run on vectors or images.
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain types."""
-        return asdict(self)
+    Args:
+        data: "digits", "mnist", "fashion-mnist", a .npy file, an IDX file or a folder, as `fastvae.data.load_array`.
+        image_size: images of a folder are cut and resized to squares of this side; 0 takes them as they are.
+        scaling: of the numbers, one of `fastvae.data.arrays.SCALINGS`; "auto" is "unit" for images and where the
+            likelihood is Bernoulli, "levels" where it is categorical, else "standard".
+        latent_dim: size of z, or of the code.
+    """
+
+    data: str = "digits"
+    image_size: int = 0
+    scaling: str = "auto"
+    latent_dim: int = 16
+    batch_size: int = 64
+    epochs: int = 100
+    checkpoint_every: int = 10_000
 
 
-_TYPES = typing.get_type_hints(TrainConfig)
-NAMES = tuple(field.name for field in fields(TrainConfig))
+@dataclass(frozen=True)
+class NetworkConfig(ArrayConfig):
+    """Settings of an encoder, a decoder and the likelihood of the data.
+
+    Args:
+        encoder: "mlp", or "conv" for images; the decoder mirrors it.
+        hidden: sizes of the layers of an MLP's encoder, first to last; none makes it linear.
+        channels: of the layers of a convolutional encoder, each of which halves the image.
+        likelihood: "bernoulli", "gaussian" or "categorical"; "auto" is Bernoulli for images, Gaussian for vectors.
+    """
+
+    encoder: str = "mlp"
+    hidden: tuple[int, ...] = (400,)
+    channels: tuple[int, ...] = (32, 64)
+    likelihood: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("hidden", "channels"):
+            if not all(size >= 1 for size in getattr(self, name)):
+                raise ValueError(f"{name} must be sizes of at least 1, got {getattr(self, name)}")
+            other = "conv" if name == "hidden" else "mlp"
+            if self.encoder == other and getattr(self, name) != NetworkConfig.__dataclass_fields__[name].default:
+                raise ValueError(f"{name} cannot be set where encoder is {other!r}")
+        allowed = {"bernoulli": ("unit", "binary", "none"), "categorical": ("levels",)}.get(self.likelihood)
+        if allowed and self.scaling not in ("auto", *allowed):
+            raise ValueError(
+                f"likelihood {self.likelihood!r} takes scaling {' or '.join(allowed)}, got {self.scaling!r}"
+            )
+        if self.scaling == "levels" and self.likelihood != "categorical":
+            raise ValueError(f"scaling 'levels' is for likelihood 'categorical', got {self.likelihood!r}")
 
 
-def setting_type(name: str) -> type:
-    """Return the plain type (str, int, float or bool) of a setting."""
-    annotation = _TYPES[name]
+@dataclass(frozen=True)
+class VAEConfig(NetworkConfig, KLConfig):
+    """Settings of a run of `fastvae.models.VAE`.
+
+    Args:
+        posterior: "diagonal" or "full" covariance of q(z|x).
+        estimator: of the encoder's gradient, "reparameterized", "score_function" or "score_function_baseline".
+        beta: weight of the KL, for good; kl_schedule multiplies it.
+        log_var: of a Gaussian likelihood; None learns it.
+    """
+
+    model: str = "vae"
+    posterior: str = "diagonal"
+    estimator: str = "reparameterized"
+    beta: float = 1.0
+    log_var: float | None = None
+    kl_schedule: str = "constant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_log_var(self.log_var, self.likelihood)
+
+
+@dataclass(frozen=True)
+class IWAEConfig(NetworkConfig):
+    """Settings of a run of `fastvae.models.IWAE`.
+
+    Args:
+        num_samples: of z for each row in the training's bound.
+        log_var: of a Gaussian likelihood; None learns it.
+    """
+
+    model: str = "iwae"
+    num_samples: int = 10
+    log_var: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_log_var(self.log_var, self.likelihood)
+
+
+@dataclass(frozen=True)
+class DenoisingConfig(NetworkConfig):
+    """Settings of a run of `fastvae.models.DenoisingAutoEncoder`.
+
+    Args:
+        noise: "gaussian", "masking" or "salt_and_pepper".
+        level: standard deviation of Gaussian noise, in scaled units; share of the numbers that the others hit.
+    """
+
+    model: str = "denoising_autoencoder"
+    noise: str = "masking"
+    level: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.noise != "gaussian" and not self.level <= 1:
+            raise ValueError(f"level is a share, at most 1, where noise is {self.noise!r}, got {self.level}")
+        if self.likelihood == "categorical":
+            raise ValueError("likelihood of a denoising_autoencoder must be bernoulli or gaussian, got 'categorical'")
+
+
+@dataclass(frozen=True)
+class LinearConfig(ArrayConfig):
+    """Settings of a run of `fastvae.models.LinearAutoEncoder`.
+
+    Args:
+        tied: the decoder's matrix is the encoder's transposed.
+    """
+
+    model: str = "linear_autoencoder"
+    tied: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scaling == "levels":
+            raise ValueError("scaling 'levels' is for likelihood 'categorical', which a linear_autoencoder has not")
+
+
+def _check_log_var(log_var: float | None, likelihood: str) -> None:
+    if log_var is not None and likelihood not in ("gaussian", "auto"):
+        raise ValueError(f"log_var is of likelihood 'gaussian', got {likelihood!r}")
+
+
+CONFIGS: dict[str, type[RunConfig]] = {
+    str(config.__dataclass_fields__["model"].default): config
+    for config in (TrainConfig, VAEConfig, IWAEConfig, DenoisingConfig, LinearConfig)
+}
+
+
+def config_class(model: Any) -> type[RunConfig]:
+    """Return the settings' class of a model.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if model not in CONFIGS:
+        raise ValueError(f"model must be one of {', '.join(CONFIGS)}, got {model!r}")
+    return CONFIGS[model]
+
+
+def setting_type(config: type[RunConfig], name: str) -> type:
+    """Return the plain type (str, int, float, bool or tuple, of ints) of a setting."""
+    annotation = typing.get_type_hints(config)[name]
     if isinstance(annotation, types.UnionType):
         return next(part for part in annotation.__args__ if part is not types.NoneType)
-    return annotation
+    return typing.get_origin(annotation) or annotation
 
 
-def _typed(name: str, value: Any) -> Any:
-    if name not in _TYPES:
-        close = difflib.get_close_matches(str(name), NAMES, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; known settings: {', '.join(NAMES)}"
+def sizes(text: str) -> tuple[int, ...]:
+    """Read sizes, such as 400,200; nothing gives none."""
+    return tuple(int(size) for size in text.split(",")) if text.strip() else ()
+
+
+def _typed(config: type[RunConfig], name: str, value: Any) -> Any:
+    known = config.__dataclass_fields__
+    if name not in known:
+        owners = [model for model, other in CONFIGS.items() if name in other.__dataclass_fields__]
+        if owners:
+            raise ValueError(f"{name} is a setting of {', '.join(owners)}, not of {known['model'].default}")
+        close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; known settings: {', '.join(known)}"
         raise ValueError(f"unknown setting {str(name)!r}{hint}")
-    expected = setting_type(name)
-    if value is None and isinstance(_TYPES[name], types.UnionType):
+    expected = setting_type(config, name)
+    if value is None and isinstance(typing.get_type_hints(config)[name], types.UnionType):
         return None
+    if expected is tuple:
+        try:
+            return sizes(value) if isinstance(value, str) else _whole_numbers(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} must be sizes, such as 400,200, got {value!r}") from None
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if expected is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
@@ -166,11 +369,19 @@ def _typed(name: str, value: Any) -> Any:
     return value
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def _whole_numbers(value: Any) -> tuple[int, ...]:
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    if any(type(number) is not int for number in numbers):
+        raise TypeError
+    return numbers
+
+
+def read_yaml(path: str | Path, model: str | None = None) -> dict[str, Any]:
     """Read settings from a YAML file, without filling in defaults.
 
     Args:
         path: a YAML mapping from setting names to values.
+        model: whose settings they are; what the file says, or "sentence_vae", when None.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -190,12 +401,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold `name: value` lines, got a {type(settings).__name__}")
     try:
-        return {name: _typed(name, value) for name, value in settings.items()}
+        config = config_class(model or settings.get("model", TrainConfig.model))
+        return {name: _typed(config, name, value) for name, value in settings.items()}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def write_yaml(config: TrainConfig, path: str | Path) -> None:
+def write_yaml(config: RunConfig, path: str | Path) -> None:
     """Write a config as YAML, atomically."""
     import yaml
 
