@@ -16,15 +16,14 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from fastvae.training.checkpoint import read_checkpoint, replace_atomically
+from fastvae.training.config import KLConfig
 
 if TYPE_CHECKING:
     from types import FrameType
 
     from rich.progress import Progress
 
-    from fastvae.data import TextBatch
-
-MONITOR = "valid/neg_elbo"
+LABELS = {"neg_elbo": "-ELBO", "iw_nll": "IW-NLL", "nll": "NLL", "kl": "KL", "ppl": "PPL", "error": "error"}
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -49,7 +48,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class RunCheckpoints(Checkpoint):
-    """Keeps checkpoints/last.ckpt and checkpoints/best.ckpt (lowest validation -ELBO), and stops on Ctrl-C.
+    """Keeps checkpoints/last.ckpt and checkpoints/best.ckpt (lowest of what the module monitors), and stops on Ctrl-C.
 
     `last` is written after each epoch's validation, every `every` steps, and when a stop is requested. The
     first Ctrl-C lets the step finish, saves and raises `Interrupted`; a second one stops at once without
@@ -64,16 +63,16 @@ class RunCheckpoints(Checkpoint):
         self.last = Path(folder) / "last.ckpt"
         self.best = Path(folder) / "best.ckpt"
         self.every = every
-        self.best_neg_elbo = math.inf
+        self.best_value = math.inf
         self._previous_handler: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best -ELBO so far."""
-        return {"best_neg_elbo": self.best_neg_elbo}
+        """Return the lowest value so far."""
+        return {"best_neg_elbo": self.best_value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best -ELBO."""
-        self.best_neg_elbo = state_dict["best_neg_elbo"]
+        """Restore the lowest value."""
+        self.best_value = state_dict["best_neg_elbo"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Listen for Ctrl-C."""
@@ -95,9 +94,7 @@ class RunCheckpoints(Checkpoint):
             signal.signal(signal.SIGINT, self._previous_handler)
             self._previous_handler = None
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: TextBatch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save within an epoch where it is due."""
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # the end of the epoch saves, after its validation
@@ -109,10 +106,9 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save the epoch, and keep it as the best where it is."""
-        neg_elbo = float(trainer.callback_metrics[MONITOR])
-        improved = neg_elbo < self.best_neg_elbo
-        if improved:
-            self.best_neg_elbo = neg_elbo
+        value = float(trainer.callback_metrics[pl_module.monitor])
+        if value < self.best_value:
+            self.best_value = value
             trainer.save_checkpoint(self.best)
         trainer.save_checkpoint(self.last)
         if pl_module.stopping:
@@ -122,9 +118,7 @@ class RunCheckpoints(Checkpoint):
 class StepMetrics(Callback):
     """Writes rows of metrics before checkpoints are saved, which is before the module's own hook."""
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: TextBatch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write a row where it is due."""
         pl_module.write_step()
 
@@ -144,9 +138,7 @@ class TimeLimit(Callback):
         """Start the clock."""
         self._start = time.monotonic()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: TextBatch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Ask for the end where the time is over; the first process decides for all."""
         over = time.monotonic() - self._start > self.seconds
         if trainer.strategy.broadcast(over):
@@ -154,7 +146,7 @@ class TimeLimit(Callback):
 
 
 class TrainingProgress(Callback):
-    """A rich progress bar with tokens a second, -ELBO and KL, and one line an epoch that stays.
+    """A rich progress bar with the speed and the loss, and lines of epochs that stay.
 
     Args:
         refresh: seconds between two updates, each of which waits for the device.
@@ -164,8 +156,9 @@ class TrainingProgress(Callback):
         self.refresh = refresh
         self._progress: Progress | None = None
         self._task: Any = None
-        self._tokens: torch.Tensor | int = 0
+        self._done: torch.Tensor | int = 0
         self._shown = 0.0
+        self._told = -math.inf
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Open the bar."""
@@ -187,8 +180,8 @@ class TrainingProgress(Callback):
         )
         self._progress.start()
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
-        words = pl_module.model.config["vocab_size"]
-        self._print(f"{parameters:,} parameters, {words:,} words, on {pl_module.device} x {trainer.world_size}")
+        where = f"on {pl_module.device} x {trainer.world_size}"
+        self._print(f"{parameters:,} parameters, {pl_module.describe()}, {where}")
 
     def _print(self, line: str) -> None:
         if self._progress is not None:
@@ -203,36 +196,37 @@ class TrainingProgress(Callback):
         batches = trainer.num_training_batches
         total = int(batches) if math.isfinite(batches) else None
         self._task = self._progress.add_task("", total=total, epoch=trainer.current_epoch + 1, figures="")
-        self._tokens, self._shown = 0, time.monotonic()
+        self._done, self._shown = 0, time.monotonic()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: TextBatch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Advance the bar."""
         if self._progress is None or self._progress.disable:
             return
         if self._task is None:  # resumed within an epoch
             self.on_train_epoch_start(trainer, pl_module)
-        self._tokens = self._tokens + (batch.lengths - 1).sum()
+        self._done = self._done + pl_module.progress(batch)
         now = time.monotonic()
         if now - self._shown < self.refresh:
             return
-        speed = int(self._tokens) * trainer.world_size / (now - self._shown)
+        speed = int(self._done) * trainer.world_size / (now - self._shown)
         recent = pl_module.recent()
-        figures = f"{speed:,.0f} tokens/s  -ELBO {recent['neg_elbo']:.2f}  KL {recent['kl']:.2f}"
+        terms = "  ".join(f"{LABELS[name]} {recent[name]:.2f}" for name in pl_module.on_bar)
+        figures = f"{speed:,.0f} {pl_module.unit[1]}/s  {terms}"
         self._progress.update(self._task, completed=batch_idx + 1, figures=figures)
-        self._tokens, self._shown = 0, now
+        self._done, self._shown = 0, now
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Print the epoch's line."""
         if self._progress is None or trainer.sanity_checking:
             return
-        figures = {name: float(trainer.callback_metrics[f"valid/{name}"]) for name in ("neg_elbo", "nll", "kl", "ppl")}
-        self._print(
-            f"epoch {trainer.current_epoch + 1:>3}  step {trainer.global_step:>6}  valid  "
-            f"-ELBO {figures['neg_elbo']:.3f}  NLL {figures['nll']:.3f}  KL {figures['kl']:.3f}  "
-            f"PPL {figures['ppl']:.2f}  (KL weight {pl_module.kl_weight:.2f})"
-        )
+        number, now = trainer.current_epoch + 1, time.monotonic()
+        if now - self._told < pl_module.seconds_a_line and number != trainer.max_epochs:
+            return
+        self._told = now
+        values = {name: float(trainer.callback_metrics[f"valid/{name}"]) for name in pl_module.terms}
+        figures = "  ".join(f"{LABELS[name]} {value:.{2 if name == 'ppl' else 3}f}" for name, value in values.items())
+        weight = f"  (KL weight {pl_module.kl_weight:.2f})" if isinstance(pl_module.config, KLConfig) else ""
+        self._print(f"epoch {number:>3}  step {trainer.global_step:>6}  valid  {figures}{weight}")
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Close the bar."""

@@ -252,11 +252,13 @@ class IWAEConfig(NetworkConfig):
     """Settings of a run of `fastvae.models.IWAE`.
 
     Args:
-        num_samples: of z for each row in the training's bound.
+        posterior: "diagonal" or "full" covariance of q(z|x).
+        num_samples: of z for each row in the bound.
         log_var: of a Gaussian likelihood; None learns it.
     """
 
     model: str = "iwae"
+    posterior: str = "diagonal"
     num_samples: int = 10
     log_var: float | None = None
 

@@ -9,8 +9,13 @@ from typing import Any
 
 from fastvae.training.checkpoint import replace_atomically
 
-_PANELS = (("neg_elbo", "-ELBO"), ("nll", "reconstruction NLL"), ("kl", "KL"))
-_UNIT = "nats / sentence"
+_TITLES = {
+    "neg_elbo": "-ELBO",
+    "iw_nll": "- importance-weighted bound",
+    "nll": "reconstruction NLL",
+    "kl": "KL",
+    "error": "reconstruction error",
+}
 
 
 @contextlib.contextmanager
@@ -32,12 +37,21 @@ def figure_to(path: str | Path, rows: int, columns: int, size: tuple[float, floa
     replace_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
 
 
-def plot_curves(rows: Sequence[dict[str, float]], path: str | Path, *, floor: float | None = None) -> Path:
-    """Plot -ELBO, NLL and KL of training and validation, and the weight of the KL, over the steps.
+def plot_curves(
+    rows: Sequence[dict[str, float]],
+    path: str | Path,
+    *,
+    terms: Sequence[str] = ("neg_elbo", "nll", "kl"),
+    unit: str = "sentence",
+    floor: float | None = None,
+) -> Path:
+    """Plot terms of the loss in training and validation, and the weight of the KL where there is one, over the steps.
 
     Args:
         rows: what `read_metrics` returns.
         path: PNG to write.
+        terms: which; those without a panel, such as "ppl", are passed over.
+        unit: what the nats are of.
         floor: entropy of the data in nats a sentence, drawn as a line beside the -ELBO; None draws none.
 
     Returns:
@@ -50,22 +64,32 @@ def plot_curves(rows: Sequence[dict[str, float]], path: str | Path, *, floor: fl
 
     if not rows:
         raise ValueError("rows must hold at least one row of metrics, got none")
+    terms = [term for term in terms if term in _TITLES]
+    weighted = any("kl_weight" in row for row in rows)
+    panels = len(terms) + weighted
+    columns = min(panels, 2)
+    lines = -(-panels // columns)
     with (
         matplotlib.rc_context({"axes.grid": True, "grid.alpha": 0.3, "font.size": 9}),
-        figure_to(path, 2, 2, (10, 6.5), sharex=True) as axes,
+        figure_to(path, lines, columns, (5 * columns, 3.25 * lines), sharex=True) as axes,
     ):
-        for axis, (term, title) in zip(axes, _PANELS, strict=False):
+        for axis, term in zip(axes, terms, strict=False):
             _draw(axis, rows, f"train/{term}", "training", "tab:blue", "")
             _draw(axis, rows, f"valid/{term}", "validation", "tab:orange", "o")
             if term == "neg_elbo" and floor is not None:
                 axis.axhline(floor, color="black", linestyle="--", linewidth=1, label=f"entropy {floor:.2f}")
-            axis.set(title=title, ylabel=_UNIT)
+            axis.set(title=_TITLES[term], ylabel=f"nats / {unit}")
             if axis.get_legend_handles_labels()[0]:
                 axis.legend()
-        _draw(axes[3], rows, "kl_weight", "", "tab:green", "")
-        axes[3].set(title="weight of the KL", ylim=(-0.02, None))
-        for axis in axes[2:]:
+        if weighted:
+            axis = axes[len(terms)]
+            _draw(axis, rows, "kl_weight", "", "tab:green", "")
+            axis.set(title="weight of the KL", ylim=(-0.02, None))
+        for axis in axes[panels:]:
+            axis.remove()
+        for axis in axes[max(0, panels - columns) : panels]:
             axis.set_xlabel("optimizer step")
+            axis.tick_params(labelbottom=True)
     return Path(path)
 
 

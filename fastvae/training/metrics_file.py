@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from fastvae.training.checkpoint import replace_atomically
 
 _TERMS = ("neg_elbo", "nll", "kl", "ppl")
-COLUMNS = (
-    "epoch",
-    "step",
-    "kl_weight",
-    "lr",
-    *(f"{part}/{term}" for part in ("train", "train_epoch", "valid") for term in _TERMS),
-)
 
 
 class MetricsFile(Logger):
@@ -32,10 +26,13 @@ class MetricsFile(Logger):
         path: the file. An existing one is continued after dropping the rows beyond `resume_step`, which the
             resumed run is going to write again.
         resume_step: optimizer step at which the run resumes; None starts a new file.
+        terms: names of what is measured, in training's steps and epochs and in validation.
     """
 
-    def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
+    def __init__(self, path: str | Path, resume_step: int | None = None, terms: Sequence[str] = _TERMS) -> None:
         super().__init__()
+        parts = [f"{part}/{term}" for part in ("train", "train_epoch", "valid") for term in terms]
+        self._columns = ("epoch", "step", "kl_weight", "lr", *parts)
         self.path = Path(path)
         self._resume_step = resume_step
         self._started = False
@@ -64,16 +61,16 @@ class MetricsFile(Logger):
         """
         if not self._started:
             self._start()
-        row = {name: _text(value) for name, value in metrics.items() if name in COLUMNS}
+        row = {name: _text(value) for name, value in metrics.items() if name in self._columns}
         with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow(row | {"step": step})
+            csv.DictWriter(file, self._columns).writerow(row | {"step": step})
 
     def _start(self) -> None:
         kept = []
         if self._resume_step is not None and self.path.is_file():
             kept = [row for row in read_metrics(self.path) if row["step"] <= self._resume_step]
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS)
+        writer = csv.DictWriter(text, self._columns)
         writer.writeheader()
         writer.writerows({name: _text(value) for name, value in row.items()} for row in kept)
         replace_atomically(self.path, lambda file: file.write(text.getvalue().encode()))

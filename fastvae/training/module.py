@@ -1,4 +1,4 @@
-"""The Lightning module that trains a sentence VAE."""
+"""The Lightning modules that train: what all runs share, and a sentence VAE's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from fastvae.models import SentenceVAE, SentenceVAEOutput
-from fastvae.training.config import TrainConfig
+from fastvae.training.config import KLConfig, RunConfig, TrainConfig
 from fastvae.training.metrics import perplexity
 from fastvae.training.schedules import Schedule, make_schedule
 
@@ -25,7 +25,7 @@ class NonFiniteLossError(FloatingPointError):
     """A term of the loss became NaN or infinite; the message names the term and the step."""
 
 
-def kl_schedule(config: TrainConfig, total_steps: int) -> Schedule:
+def kl_schedule(config: KLConfig, total_steps: int) -> Schedule:
     """Build the schedule of the KL weight from a run's settings.
 
     Args:
@@ -51,39 +51,89 @@ def kl_schedule(config: TrainConfig, total_steps: int) -> Schedule:
     return lambda step: config.kl_weight * sigmoid(step)
 
 
-class SentenceVAEModule(LightningModule):
-    """Training and validation of a `SentenceVAE`.
+class RunModule(LightningModule):
+    """Training and validation of a model, whose `losses` a subclass defines.
 
-    Everything logged is in nats and never annealed: nll, kl and neg_elbo a sentence, ppl a predicted token;
-    the weight of the KL is logged beside them. The random numbers of a step depend on the seed, the process
-    and the step alone, so a resumed run draws what the uninterrupted one would have drawn.
+    Everything logged is in nats and never annealed; the weight of a KL is logged beside it. The random numbers of
+    a step depend on the seed, the process and the step alone, so a resumed run draws what the uninterrupted one would
+    have drawn.
 
     Args:
         model: the model to train.
         config: settings of the run.
 
     Raises (from training):
-        NonFiniteLossError: the reconstruction NLL or the KL is NaN or infinite.
+        NonFiniteLossError: a term of the loss is NaN or infinite.
+
+    Attributes:
+        terms: names of what is logged; the first is what the best checkpoint has least of.
+        watched: names of the first few of the sums: those that must stay finite.
+        width: how many sums there are.
+        on_bar: those of the terms that the progress bar has room for.
+        unit: what a row is called in the curves, and what the speed counts.
+        seconds_a_line: least time between two lines that tell of an epoch.
     """
 
-    def __init__(self, model: SentenceVAE, config: TrainConfig) -> None:
+    terms: tuple[str, ...]
+    watched: tuple[str, ...]
+    width: int
+    on_bar: tuple[str, ...]
+    unit: tuple[str, str]
+    seconds_a_line: float = 0.0
+
+    def __init__(self, model: torch.nn.Module, config: RunConfig) -> None:
         super().__init__()
         self.model = model
         self.config = config
         self.stop_requested = False  # set by a signal handler of this process
         self._stop_agreed = False
-        self._schedule: Schedule = make_schedule("constant", weight=config.kl_weight)
-        self._totals = torch.zeros(4, dtype=torch.float64)  # nll, kl, tokens, sentences of this epoch, all processes
-        self._recent = torch.zeros(4, dtype=torch.float64)  # of the last `log_every` steps
+        self._schedule: Schedule = make_schedule("constant", weight=1.0)
+        self._totals = self._no_sums()  # of this epoch, over all processes
+        self._recent = self._no_sums()  # of the last `log_every` steps
         self._unchecked: list[tuple[int, Tensor]] = []
         self._validation: Tensor | None = None
         self._validation_generator: torch.Generator | None = None
+
+    def losses(self, batch: Any, kl_weight: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Return the loss of a batch and its sums over it, float64 `(sums,)`: the watched terms first, the rows last.
+
+        Args:
+            batch: as the data module gives it.
+            kl_weight: weight of the KL in the loss.
+            generator: source of the noise; the global generator when None.
+        """
+        raise NotImplementedError
+
+    def averages(self, sums: Tensor) -> dict[str, float]:
+        """Turn sums over rows into the `terms`, nats a row unless they say otherwise."""
+        raise NotImplementedError
+
+    def progress(self, batch: Any) -> Tensor | int:
+        """Count what the speed is told of: words, images, rows."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """Say in a few words what the model is trained on."""
+        raise NotImplementedError
+
+    def settings_of_model(self) -> dict[str, Any]:
+        """Return plain types and tensors that `load_run` builds the model from."""
+        raise NotImplementedError
+
+    @property
+    def monitor(self) -> str:
+        """The metric whose least value is the best."""
+        return f"valid/{self.terms[0]}"
+
+    def _no_sums(self) -> Tensor:
+        return torch.zeros(self.width, dtype=torch.float64)
 
     # Training
 
     def on_fit_start(self) -> None:
         """Learn the length of the run."""
-        self._schedule = kl_schedule(self.config, self._total_steps())
+        if isinstance(self.config, KLConfig):
+            self._schedule = kl_schedule(self.config, self._total_steps())
 
     def _total_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches
@@ -94,24 +144,22 @@ class SentenceVAEModule(LightningModule):
         """The weight of the KL at the current step."""
         return self._schedule(self.global_step)
 
-    def on_train_batch_start(self, batch: TextBatch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the random numbers of this step."""
         torch.manual_seed((self.config.seed * 1_000_003 + self.global_step) * 4_099 + self.global_rank)
 
-    def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the annealed loss of a batch.
 
-        A mean over this process's sentences: every process has as many of a global batch, so the mean over
+        A mean over this process's rows: every process has as many of a global batch, so the mean over
         processes that DDP takes of the gradients is the mean over the global batch.
         """
-        output = self.model(batch.tokens, batch.lengths, kl_weight=self.kl_weight, free_bits=self.config.free_bits)
-        figures = _totals(output)
+        loss, figures = self.losses(batch, self.kl_weight, None)
         if self.trainer.world_size > 1:
             figures = self._share(figures)
         self._watch(figures)
         self._totals = self._totals.to(figures.device) + figures
         self._recent = self._recent.to(figures.device) + figures
-        loss: Tensor = output.loss
         return loss
 
     def _share(self, figures: Tensor) -> Tensor:
@@ -128,7 +176,7 @@ class SentenceVAEModule(LightningModule):
         return self._stop_agreed if self.trainer.world_size > 1 else self.stop_requested
 
     def _watch(self, figures: Tensor) -> None:
-        self._unchecked.append((self.global_step, figures[:2]))
+        self._unchecked.append((self.global_step, figures[: len(self.watched)]))
         if self.device.type == "cpu" or len(self._unchecked) >= _CHECK_EVERY:
             self.check_finite()
 
@@ -143,8 +191,8 @@ class SentenceVAEModule(LightningModule):
         values = torch.stack([figures for _, figures in self._unchecked]).tolist()
         steps = [step for step, _ in self._unchecked]
         self._unchecked.clear()
-        for step, (nll, kl) in zip(steps, values, strict=True):
-            for term, value in (("reconstruction NLL", nll), ("KL", kl)):
+        for step, terms in zip(steps, values, strict=True):
+            for term, value in zip(self.watched, terms, strict=True):
                 if not math.isfinite(value):
                     raise NonFiniteLossError(
                         f"the {term} became {value} at step {step}; training stopped and the last good "
@@ -155,27 +203,25 @@ class SentenceVAEModule(LightningModule):
         """Write a row of metrics every `log_every` steps."""
         if self.global_step % self.config.log_every:
             return
-        values = {f"train/{name}": value for name, value in averages(self._recent).items()}
+        values = {f"train/{name}": value for name, value in self.averages(self._recent).items()}
         self._recent = torch.zeros_like(self._recent)
         self._write(values)
 
     def on_train_epoch_end(self) -> None:
         """Write the epoch's training averages."""
-        values = {f"train_epoch/{name}": value for name, value in averages(self._totals).items()}
+        values = {f"train_epoch/{name}": value for name, value in self.averages(self._totals).items()}
         self._totals = torch.zeros_like(self._totals)
         self._write(values)
 
     def recent(self) -> dict[str, float]:
         """Averages over the steps since the last row of metrics (waits for the device)."""
-        return averages(self._recent if self._recent[3] > 0 else self._totals)
+        return self.averages(self._recent if self._recent[-1] > 0 else self._totals)
 
     def _write(self, values: dict[str, float]) -> None:
         optimizer = self.trainer.optimizers[0]
-        values = values | {
-            "kl_weight": self.kl_weight,
-            "lr": optimizer.param_groups[0]["lr"],
-            "epoch": float(self.current_epoch),
-        }
+        values = values | {"lr": optimizer.param_groups[0]["lr"], "epoch": float(self.current_epoch)}
+        if isinstance(self.config, KLConfig):
+            values["kl_weight"] = self.kl_weight
         for logger in self.trainer.loggers:
             logger.log_metrics(values, step=self.global_step)
 
@@ -183,21 +229,20 @@ class SentenceVAEModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums and the draws of z anew."""
-        self._validation = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self._validation = self._no_sums().to(self.device)
         self._validation_generator = torch.Generator(self.device).manual_seed(_VALIDATION_SEED + self.global_rank)
 
-    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add the un-annealed terms of a batch."""
         assert self._validation is not None
-        output = self.model(batch.tokens, batch.lengths, generator=self._validation_generator)
-        self._validation += _totals(output)
+        self._validation += self.losses(batch, 1.0, self._validation_generator)[1]
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation averages over all processes."""
         assert self._validation is not None
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(self._validation)
-        values = {f"valid/{name}": value for name, value in averages(self._validation).items()}
+        values = {f"valid/{name}": value for name, value in self.averages(self._validation).items()}
         self.log_dict(values, logger=False)  # for early stopping and the choice of the best checkpoint
         self._write(values)
 
@@ -224,7 +269,7 @@ class SentenceVAEModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `load_run` and a resumed run need."""
         self.check_finite()  # never overwrite a good checkpoint with a damaged one
-        checkpoint["model_config"] = dict(self.model.config)
+        checkpoint["model_config"] = self.settings_of_model()
         checkpoint["train_config"] = self.config.to_dict()
         checkpoint["epoch_totals"] = torch.stack([self._totals, self._recent]).cpu()
         checkpoint["position"] = self._position()
@@ -242,19 +287,50 @@ class SentenceVAEModule(LightningModule):
         self._totals, self._recent = checkpoint["epoch_totals"].clone()
 
 
-def _totals(output: SentenceVAEOutput) -> Tensor:
-    """Sum nll, kl, tokens and sentences over a batch, float64 (4,)."""
-    terms = torch.stack([output.nll.detach().double(), output.kl.detach().double(), output.tokens.double()])
-    return torch.cat([terms.sum(1), terms.new_tensor([float(terms.size(1))])])
+class SentenceVAEModule(RunModule):
+    """Training and validation of a `SentenceVAE`: nll, kl and neg_elbo a sentence, ppl a predicted token.
+
+    Args:
+        model: the model to train.
+        config: settings of the run.
+    """
+
+    terms = ("neg_elbo", "nll", "kl", "ppl")
+    watched = ("reconstruction NLL", "KL")
+    width = 4  # those two, tokens and sentences
+    on_bar = ("neg_elbo", "kl")
+    unit = ("sentence", "tokens")
+    model: SentenceVAE
+    config: TrainConfig
+
+    def losses(self, batch: TextBatch, kl_weight: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Return the loss and the sums of nll, kl, tokens and sentences."""
+        output: SentenceVAEOutput = self.model(
+            batch.tokens, batch.lengths, kl_weight=kl_weight, free_bits=self.config.free_bits, generator=generator
+        )
+        return output.loss, row_sums(output.nll, output.kl, output.tokens)
+
+    def averages(self, sums: Tensor) -> dict[str, float]:
+        """Turn the sums into nats a sentence and perplexity."""
+        nll, kl, tokens, sentences = sums.tolist()
+        count = max(sentences, 1.0)
+        ppl = perplexity(nll + kl, tokens)
+        return {"neg_elbo": (nll + kl) / count, "nll": nll / count, "kl": kl / count, "ppl": ppl}
+
+    def progress(self, batch: TextBatch) -> Tensor:
+        """Count the predicted tokens."""
+        return (batch.lengths - 1).sum()
+
+    def describe(self) -> str:
+        """Say how many words there are."""
+        return f"{self.model.config['vocab_size']:,} words"
+
+    def settings_of_model(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return dict(self.model.config)
 
 
-def averages(totals: Tensor) -> dict[str, float]:
-    """Turn sums of (nll, kl, tokens, sentences) into nats a sentence and perplexity."""
-    nll, kl, tokens, sentences = totals.tolist()
-    count = max(sentences, 1.0)
-    return {
-        "neg_elbo": (nll + kl) / count,
-        "nll": nll / count,
-        "kl": kl / count,
-        "ppl": perplexity(nll + kl, tokens),
-    }
+def row_sums(*terms: Tensor) -> Tensor:
+    """Sum terms `(rows,)` over the rows, with the number of rows at the end: float64 `(terms + 1,)`."""
+    stacked = torch.stack([term.detach().double() for term in terms])
+    return torch.cat([stacked.sum(1), stacked.new_tensor([float(stacked.size(1))])])
