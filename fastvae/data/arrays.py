@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -135,39 +135,64 @@ def load_array(
         ValueError: the part is unknown or empty, or a file is damaged or of a kind that is not read.
         OSError: a download failed.
     """
-    if part not in (*SPLIT_NAMES, "all"):
-        raise ValueError(f"part must be one of {', '.join(SPLIT_NAMES)}, all; got {part!r}")
-    path = Path(source)
-    if source in _DOWNLOADS:
-        path = download(str(source), mirror=mirror, cache=cache)
+    return load_arrays(source, (part,), image_size=image_size, mirror=mirror, cache=cache)[0]
+
+
+def load_arrays(
+    source: str | os.PathLike[str],
+    parts: Sequence[str],
+    *,
+    image_size: int = 0,
+    mirror: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
+) -> list[Samples]:
+    """Give several parts, each as `load_array` gives it, reading no file twice."""
+    for part in parts:
+        if part not in (*SPLIT_NAMES, "all"):
+            raise ValueError(f"part must be one of {', '.join(SPLIT_NAMES)}, all; got {part!r}")
+    path = download(str(source), mirror=mirror, cache=cache) if source in _DOWNLOADS else Path(source)
+    if source != "digits" and path.is_dir() and _idx_file(path, "train-images"):
+        if "all" in parts:
+            raise ValueError(f"part 'all' is for a single file or a folder of images; {source} has a test part apart")
+        files = {prefix: _idx_part(path, prefix) for prefix in {_PARTS[part] for part in parts}}
+        whole = [files[_PARTS[part]] for part in parts]
+        kept = {
+            "train": lambda place: place != 18,
+            "valid": lambda place: place == 18,
+            "test": lambda place: place >= 0,
+        }
+        chosen = [
+            _select(samples, np.flatnonzero(kept[part](np.arange(len(samples)) % 20)))
+            for samples, part in zip(whole, parts, strict=True)
+        ]
+    else:
+        samples = _read(source, path, image_size)
+        place = np.arange(len(samples)) % 20
+        rows = {"train": place < 18, "valid": place == 18, "test": place == 19, "all": place >= 0}
+        chosen = [_select(samples, np.flatnonzero(rows[part])) for part in parts]
+    for samples, part in zip(chosen, parts, strict=True):
+        if not len(samples.array):
+            raise ValueError(f"{source} holds no rows")
+        if not len(samples):
+            count = len(samples.array)
+            raise ValueError(f"{source}: {count} rows are too few to hold any out for {part!r}, 20 are needed")
+    return chosen
+
+
+def _read(source: str | os.PathLike[str], path: Path, image_size: int) -> Samples:
     if source == "digits":
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        labels, names = digits.target.astype(np.int64), tuple(map(str, digits.target_names))
-        whole = _whole(digits.images.astype(np.uint8), labels, names)
-    elif path.is_dir() and _idx_file(path, "train-images"):
-        if part == "all":
-            raise ValueError(f"part 'all' is for a single file or a folder of images; {source} has a test part apart")
-        whole = _idx_part(path, _PARTS[part])
-        rows = np.arange(len(whole))
-        if part != "test":
-            whole = _select(whole, rows[rows % 20 != 18] if part == "train" else rows[18::20])
-        return _not_empty(whole, source, part)
-    elif path.is_dir():
-        whole = _image_folder(path, image_size)
-    elif path.suffix == ".npy":
-        whole = _whole(read_npy(path))
-    elif path.is_file():
-        whole = _idx(path)
-    else:
-        raise FileNotFoundError(f"{source}: no such file or folder, and not one of the names {', '.join(NAMES)}")
-    rows = np.arange(len(whole))
-    if part == "train":
-        rows = rows[rows % 20 < 18]
-    elif part != "all":
-        rows = rows[18 if part == "valid" else 19 :: 20]
-    return _not_empty(_select(whole, rows), source, part)
+        names = tuple(map(str, digits.target_names))
+        return _whole(digits.images.astype(np.uint8), digits.target.astype(np.int64), names)
+    if path.is_dir():
+        return _image_folder(path, image_size)
+    if path.suffix == ".npy":
+        return _whole(read_npy(path))
+    if path.is_file():
+        return _idx(path)
+    raise FileNotFoundError(f"{source}: no such file or folder, and not one of the names {', '.join(NAMES)}")
 
 
 def _whole(array: NDArray[Any], labels: NDArray[np.int64] | None = None, names: tuple[str, ...] = ()) -> Samples:
@@ -181,14 +206,6 @@ def _whole(array: NDArray[Any], labels: NDArray[np.int64] | None = None, names: 
 def _select(samples: Samples, rows: NDArray[np.int64]) -> Samples:
     labels = None if samples.labels is None else samples.labels[rows]
     return Samples(samples.array, samples.rows[rows], labels, samples.label_names)
-
-
-def _not_empty(samples: Samples, source: Any, part: str) -> Samples:
-    if not len(samples.array):
-        raise ValueError(f"{source} holds no rows")
-    if not len(samples):
-        raise ValueError(f"{source}: {len(samples.array)} rows are too few to hold any out for {part!r}, 20 are needed")
-    return samples
 
 
 # .npy and folders of images
@@ -424,11 +441,13 @@ class Scaling:
         kind: "unit" maps [low, high] to [0, 1], and what lies outside to its ends; "binary" gives 1 above the middle
             and 0 below; "standard" has mean 0 and variance 1, of each feature, or of all pixels of images; "levels"
             counts whole numbers from 0; "none" changes nothing.
+        shape: of a row, (features,) or (channels, height, width).
         shift, scale: the model sees (x - shift) / scale; 0-dim, or of a row's shape.
         low, high: smallest and largest number of the training rows; 0 and 1 where all lie between them.
     """
 
     kind: str
+    shape: tuple[int, ...]
     shift: Tensor
     scale: Tensor
     low: float
@@ -471,7 +490,12 @@ class Scaling:
             deviation = variance.clamp_min(0).sqrt()
             constant = deviation <= 1e-6 * mean.abs().clamp_min(1e-30)
             shift, scale = mean.float(), torch.where(constant, 1.0, deviation).float()
-        return cls(kind, shift, scale, low, high)
+        return cls(kind, samples.shape, shift, scale, low, high)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether a row is an image rather than a vector."""
+        return len(self.shape) == 3
 
     @property
     def levels(self) -> int:

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from fastvae.data import Vocabulary
+    from fastvae.data import Scaling, Vocabulary
     from fastvae.models import SentenceVAE
 
 CHECKPOINTS = ("best", "last")
@@ -100,8 +100,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def load_run(
     folder: str | Path, *, which: str = "best", device: str | torch.device = "cpu"
-) -> tuple[SentenceVAE, Vocabulary, dict[str, Any]]:
-    """Load a trained model with its vocabulary and settings.
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Load a trained model with what its data are read by, and its settings.
 
     Args:
         folder: a run's folder, as written by `train`.
@@ -109,28 +109,23 @@ def load_run(
         device: where the model goes.
 
     Returns:
-        The model in evaluation mode, its vocabulary, and the run's settings as a plain dict.
+        The model in evaluation mode; the `Vocabulary` of a sentence VAE, the `Scaling` of a model of vectors or images;
+        and the run's settings as a plain dict.
 
     Raises:
         FileNotFoundError: the folder, the checkpoint or vocabulary.txt is missing.
         ValueError: the checkpoint is corrupt, or does not belong to the vocabulary beside it.
     """
-    from fastvae.data import Vocabulary
-    from fastvae.models import SentenceVAE
-
     path = checkpoint_path(folder, which)
-    words = Path(folder) / "vocabulary.txt"
-    if not words.is_file():
-        raise FileNotFoundError(f"{folder} holds no vocabulary: {words} is missing")
-    vocabulary = Vocabulary.load(words)
     checkpoint = read_checkpoint(path)
-    model_config = checkpoint["model_config"]
-    if model_config["vocab_size"] != len(vocabulary):
-        raise ValueError(
-            f"{path} was trained with {model_config['vocab_size']} words but {words} holds "
-            f"{len(vocabulary)}: the files are from different runs"
-        )
-    model = SentenceVAE(**model_config)
+    data: Vocabulary | Scaling
+    if model_name(checkpoint["train_config"]) == "sentence_vae":
+        model, data = _sentence_vae(Path(folder), path, checkpoint["model_config"])
+    else:
+        from fastvae.data import Scaling
+        from fastvae.training.array_models import build_array_model
+
+        model, data = build_array_model(checkpoint["model_config"]), Scaling(**checkpoint["model_config"]["scaling"])
     tensors = {
         name.removeprefix(_PREFIX): tensor
         for name, tensor in checkpoint["state_dict"].items()
@@ -139,5 +134,27 @@ def load_run(
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit this version's SentenceVAE: {' '.join(str(error).split())}") from error
-    return model.to(device).eval(), vocabulary, checkpoint["train_config"]
+        what = type(model).__name__
+        raise ValueError(f"{path} does not fit this version's {what}: {' '.join(str(error).split())}") from error
+    return model.to(device).eval(), data, checkpoint["train_config"]
+
+
+def model_name(settings: dict[str, Any]) -> str:
+    """Return the name of the model that a run's settings are of."""
+    return settings.get("model") or "sentence_vae"  # which once was the only one
+
+
+def _sentence_vae(folder: Path, path: Path, model_config: dict[str, Any]) -> tuple[SentenceVAE, Vocabulary]:
+    from fastvae.data import Vocabulary
+    from fastvae.models import SentenceVAE
+
+    words = folder / "vocabulary.txt"
+    if not words.is_file():
+        raise FileNotFoundError(f"{folder} holds no vocabulary: {words} is missing")
+    vocabulary = Vocabulary.load(words)
+    if model_config["vocab_size"] != len(vocabulary):
+        raise ValueError(
+            f"{path} was trained with {model_config['vocab_size']} words but {words} holds "
+            f"{len(vocabulary)}: the files are from different runs"
+        )
+    return SentenceVAE(**model_config), vocabulary

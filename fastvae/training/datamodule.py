@@ -1,9 +1,10 @@
-"""The sentences of a run as Lightning batches, at any point of any epoch."""
+"""The sentences, vectors or images of a run as Lightning batches, at any point of any epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from fastvae.data import (
+    Samples,
+    Scaling,
     StreamingBatches,
     StreamingTextCorpus,
     TextBatch,
@@ -22,8 +25,13 @@ from fastvae.data import (
     load_text,
     read_sentences,
 )
+from fastvae.data.arrays import load_arrays
+from fastvae.data.corpus import process_rank
+from fastvae.training.array_models import resolved_scaling
 from fastvae.training.batches import ordered_batches
-from fastvae.training.config import TrainConfig
+from fastvae.training.config import ArrayConfig, TrainConfig
+
+RESIDENT_BYTES = 2 << 30  # of rows that are held on a CPU as one tensor
 
 
 class EpochLoader:
@@ -45,13 +53,42 @@ class EpochLoader:
         return len(self.loader)
 
 
-class TextDataModule(LightningDataModule):
-    """Training and validation batches of a run.
+class RunDataModule(LightningDataModule):
+    """Training batches of an epoch, which a subclass gives, from where the run begins.
+
+    Args:
+        start_epoch, start_batch: that many batches of that epoch have been done.
+    """
+
+    def __init__(self, start_epoch: int = 0, start_batch: int = 0) -> None:
+        super().__init__()
+        self.start_epoch = start_epoch
+        self.start_batch = start_batch
+
+    def train_dataloader(self) -> Iterable[Any]:
+        """Return the batches of the current epoch; the trainer asks anew for each epoch."""
+        epoch = self.start_epoch
+        if self.trainer is not None:
+            done: Any = self.trainer.fit_loop.epoch_progress.current
+            epoch = max(epoch, done.processed)
+        return self.epoch(epoch)
+
+    def epoch(self, epoch: int) -> Iterable[Any]:
+        """Return the training batches of an epoch, from 0, less those done before the start."""
+        raise NotImplementedError
+
+    def skipped(self, epoch: int) -> int:
+        """How many of an epoch's batches have been done before the start."""
+        return self.start_batch if epoch == self.start_epoch else 0
+
+
+class TextDataModule(RunDataModule):
+    """Training and validation batches of sentences.
 
     Args:
         config: settings of the run.
         vocabulary: the words; built from the training text when None.
-        start_epoch, start_batch: where the run begins: that many batches of that epoch have been done.
+        start_epoch, start_batch: as in `RunDataModule`.
 
     Raises:
         ValueError: a text has no sentence, or too few for a batch.
@@ -66,10 +103,8 @@ class TextDataModule(LightningDataModule):
         start_epoch: int = 0,
         start_batch: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(start_epoch, start_batch)
         self.config = config
-        self.start_epoch = start_epoch
-        self.start_batch = start_batch
         sentences = training_sentences(config)
         self.vocabulary = vocabulary or Vocabulary.build(
             sentences, max_size=config.vocab_size, min_count=config.min_count
@@ -89,17 +124,9 @@ class TextDataModule(LightningDataModule):
             return {"max_tokens": self.config.max_tokens}
         return {"batch_size": self.config.batch_size}
 
-    def train_dataloader(self) -> Iterable[TextBatch]:
-        """Return the batches of the current epoch; the trainer asks anew for each epoch."""
-        epoch = self.start_epoch
-        if self.trainer is not None:
-            done: Any = self.trainer.fit_loop.epoch_progress.current
-            epoch = max(epoch, done.processed)
-        return self.epoch(epoch)
-
     def epoch(self, epoch: int) -> EpochLoader:
         """Return the training batches of an epoch, from 0, less those done before the start."""
-        skip = self.start_batch if epoch == self.start_epoch else 0
+        skip = self.skipped(epoch)
         settings: dict[str, Any] = {
             "num_workers": self.config.workers,
             # the loader draws a seed for its workers, not from the generator of the training noise
@@ -131,3 +158,91 @@ def validation_sentences(config: TrainConfig) -> Iterable[str]:
     if config.valid is None:
         return load_text(config.data, "valid")
     return load_text(config.valid, "all" if Path(config.valid).is_file() else "valid")
+
+
+class ArrayDataModule(RunDataModule):
+    """Training and validation batches of vectors or images, (rows, *shape) float32, scaled.
+
+    Rows that fit lie scaled on the device, and a batch is an indexing of them; others are read for each batch.
+
+    Args:
+        config: settings of the run.
+        scaling: that of the run that is resumed; found from the training rows when None.
+        start_epoch, start_batch: as in `RunDataModule`.
+
+    Raises:
+        ValueError, OSError: as `load_array`; there are fewer rows than a batch takes, or a scaling that does not fit.
+    """
+
+    def __init__(
+        self, config: ArrayConfig, scaling: Scaling | None = None, *, start_epoch: int = 0, start_batch: int = 0
+    ) -> None:
+        super().__init__(start_epoch, start_batch)
+        self.config = config
+        self.train, self.valid = load_arrays(config.data, ("train", "valid"), image_size=config.image_size)
+        if config.batch_size > len(self.train):
+            raise ValueError(f"batch_size must be at most the {len(self.train)} training rows, got {config.batch_size}")
+        if config.batch_size % config.devices:
+            raise ValueError(f"batch_size must be a multiple of devices, got {config.batch_size} and {config.devices}")
+        self.scaling = scaling or Scaling.fit(resolved_scaling(config, self.train), self.train)
+        self._resident: dict[int, torch.Tensor] = {}
+
+    def epoch(self, epoch: int) -> ArrayBatches:
+        """Return the training batches of an epoch, from 0, less those done before the start."""
+        size, steps = self.config.batch_size, len(self.train) // self.config.batch_size
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.train), generator=generator)[: steps * size].view(steps, size)
+        rank, processes = process_rank(None, None)
+        return self._batches(self.train, list(order[:, rank::processes]), self.skipped(epoch))
+
+    def val_dataloader(self) -> ArrayBatches:
+        """Return the validation batches: every row once, over all processes."""
+        rank, processes = process_rank(None, None)
+        rows = torch.arange(rank, len(self.valid), processes)
+        return self._batches(self.valid, list(rows.split(self.config.batch_size)))
+
+    def _batches(self, samples: Samples, order: list[torch.Tensor], skip: int = 0) -> ArrayBatches:
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        if id(samples) not in self._resident and _fits(samples, device):
+            self._resident[id(samples)] = self.scaling.apply(samples.read(slice(None))).to(device)
+        return ArrayBatches(samples, self.scaling, order, skip, self._resident.get(id(samples)))
+
+
+class ArrayBatches:
+    """Batches of rows in a given order, of which the first may be left out.
+
+    Args:
+        samples, scaling: the rows.
+        order: rows of each batch, int64.
+        skip: batches left out.
+        resident: all rows, scaled, on the device; None reads them as they are asked for.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        scaling: Scaling,
+        order: list[torch.Tensor],
+        skip: int = 0,
+        resident: torch.Tensor | None = None,
+    ) -> None:
+        self.samples = samples
+        self.scaling = scaling
+        self.order = order
+        self.skip = skip
+        self.resident = resident
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for rows in self.order[self.skip :]:
+            if self.resident is not None:
+                yield self.resident[rows.to(self.resident.device, non_blocking=True)]
+            else:
+                yield self.scaling.apply(self.samples.read(rows.numpy()))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+def _fits(samples: Samples, device: torch.device) -> bool:
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else RESIDENT_BYTES
+    return 4 * len(samples) * prod(samples.shape) <= room

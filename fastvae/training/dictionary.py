@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 
@@ -16,10 +16,10 @@ from fastvae.data.arrays import image_files, read_image, read_npy
 from fastvae.estimators import MiniBatchDictionaryLearning, SparseCoder
 from fastvae.training.checkpoint import replace_atomically
 from fastvae.training.curves import figure_to
+from fastvae.training.pictures import plot_atoms
 
 _HELD_OUT = 5000  # samples at most, and at most a tenth of all
 _FLAT = 0.1  # of the mean norm: patches under it are sky and noise, which normalising would blow up
-_SCALE = 5  # pixels that a pixel of an atom takes in the picture
 
 
 @dataclass(frozen=True)
@@ -208,35 +208,6 @@ def _normalized(x: np.ndarray) -> np.ndarray:
 
 
 # pictures
-
-
-def plot_atoms(components: np.ndarray, path: str | Path) -> None:
-    """Draw atoms as a PNG: each a square if its features are one, in greys from its minimum to its maximum about 0.
-
-    Args:
-        components: dictionary, (atoms, features).
-        path: PNG to write.
-    """
-    from matplotlib.image import imsave
-
-    atoms, features = components.shape
-    largest = np.abs(components).max(1, keepdims=True)
-    scaled = components / np.where(largest > 0, largest, 1)
-    side = round(features**0.5)
-    if side * side != features:
-        picture = scaled  # an atom a line
-    else:
-        columns = int(np.ceil(atoms**0.5))
-        rows = -(-atoms // columns)
-        cell = side * _SCALE + _SCALE // 2
-        picture = np.full((rows * cell + _SCALE // 2, columns * cell + _SCALE // 2), 1.0)
-        for n, atom in enumerate(scaled.reshape(atoms, side, side)):
-            top, left = (index * cell + _SCALE // 2 for index in divmod(n, columns))
-            enlarged = np.kron(atom, np.ones((_SCALE, _SCALE)))
-            picture[top : top + len(enlarged), left : left + len(enlarged)] = enlarged
-    replace_atomically(
-        path, lambda file: imsave(cast(BinaryIO, file), picture, cmap="gray", vmin=-1, vmax=1, format="png")
-    )
 
 
 def _plot_objective(objective: Sequence[float], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`train`: from settings to a run's folder with checkpoints, metrics, curves and samples."""
+"""`train`: from settings to a run's folder with checkpoints, metrics, curves, and samples or pictures."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from fastvae.data import Vocabulary
+from fastvae.data import Scaling, Vocabulary
 from fastvae.models import SentenceVAE
+from fastvae.training.array_models import ArrayModel
+from fastvae.training.array_module import ArrayModule
 from fastvae.training.callbacks import (
-    MONITOR,
     AtomicCheckpointIO,
     Interrupted,
     RunCheckpoints,
@@ -31,12 +32,13 @@ from fastvae.training.callbacks import (
     TimeLimit,
     TrainingProgress,
 )
-from fastvae.training.checkpoint import checkpoint_path, load_run, read_checkpoint, replace_atomically
-from fastvae.training.config import TrainConfig, write_yaml
+from fastvae.training.checkpoint import checkpoint_path, load_run, model_name, read_checkpoint, replace_atomically
+from fastvae.training.config import ArrayConfig, RunConfig, TrainConfig, write_yaml
 from fastvae.training.curves import plot_curves
-from fastvae.training.datamodule import TextDataModule
+from fastvae.training.datamodule import ArrayDataModule, TextDataModule
 from fastvae.training.metrics_file import MetricsFile, read_metrics
-from fastvae.training.module import SentenceVAEModule
+from fastvae.training.module import RunModule, SentenceVAEModule
+from fastvae.training.pictures import draw_pictures
 from fastvae.training.text import reconstruct_sentences, sample_sentences
 
 # What a resumed run may set anew; all else is fixed by the checkpoint or by the position in the data.
@@ -64,7 +66,8 @@ class TrainResult:
     Args:
         folder: the run's folder.
         steps: optimizer steps done, earlier parts of a resumed run included.
-        best_neg_elbo: lowest validation -ELBO, nats a sentence; infinite before the first validation.
+        best: lowest validation -ELBO, nats a sentence or row, or whatever the model is chosen by; infinite before the
+            first validation.
         interrupted: the run was stopped by Ctrl-C and can be resumed.
         seconds: time spent training in this call.
         is_main: this is the process that writes files and prints (the only one, unless devices > 1).
@@ -72,30 +75,37 @@ class TrainResult:
 
     folder: Path
     steps: int
-    best_neg_elbo: float
+    best: float
     interrupted: bool
     seconds: float
     is_main: bool
 
+    @property
+    def best_neg_elbo(self) -> float:
+        """The lowest validation -ELBO, of a sentence VAE or a VAE."""
+        return self.best
+
 
 def train(
-    config: TrainConfig,
+    config: RunConfig,
     *,
     resume: bool = False,
     overwrite: bool = False,
     vocabulary: Vocabulary | None = None,
     floor: float | None = None,
 ) -> TrainResult:
-    """Train a sentence VAE and keep everything about it in the folder `config.out`.
+    """Train a model and keep everything about it in the folder `config.out`.
 
-    The folder then holds config.yaml, vocabulary.txt, checkpoints/last.ckpt and best.ckpt, metrics.csv,
-    curves.png, samples.txt and, where TensorBoard is installed, tensorboard/.
+    The folder then holds config.yaml, checkpoints/last.ckpt and best.ckpt, metrics.csv, curves.png and, where
+    TensorBoard is installed, tensorboard/; of a sentence VAE also vocabulary.txt and samples.txt, of other models
+    pictures.
 
     Args:
         config: the settings.
         resume: continue the run in the folder from checkpoints/last.ckpt, as if it had never stopped.
         overwrite: start anew in a folder that holds a run.
-        vocabulary: the words; when None, built from the training text, or read from the run that is resumed.
+        vocabulary: words of a sentence VAE; when None, built from the training text, or read from the run that is
+            resumed.
         floor: entropy of the data in nats a sentence, drawn in the curves.
 
     Returns:
@@ -104,31 +114,34 @@ def train(
     Raises:
         FileExistsError: the folder holds a run, and neither `resume` nor `overwrite` is set.
         FileNotFoundError, ValueError: nothing to resume, settings that do not fit the run, missing or
-        unusable text.
+        unusable data.
         NonFiniteLossError: the loss became NaN or infinite.
         OSError: a file could not be written.
     """
     folder = Path(config.out)
     checkpoint = _checkpoint_to_resume(config) if resume else None
     position = checkpoint["position"] if checkpoint else {"epoch": 0, "batch": 0, "step": 0}
-    data = TextDataModule(
-        config,
-        Vocabulary.load(folder / "vocabulary.txt") if resume else vocabulary,
-        start_epoch=position["epoch"],
-        start_batch=position["batch"],
-    )
+    where = {"start_epoch": position["epoch"], "start_batch": position["batch"]}
+    data: TextDataModule | ArrayDataModule
+    if isinstance(config, TrainConfig):
+        words = Vocabulary.load(folder / "vocabulary.txt") if resume else vocabulary
+        data = TextDataModule(config, words, **where)
+    else:
+        assert isinstance(config, ArrayConfig)
+        scaling = Scaling(**checkpoint["model_config"]["scaling"]) if checkpoint else None
+        data = ArrayDataModule(config, scaling, **where)
+    torch.manual_seed(config.seed)
+    module = build_module(config, data)
     if getattr(rank_zero_only, "rank", 0) == 0:
         _prepare_folder(folder, fresh=not resume, overwrite=overwrite)
         write_yaml(config, folder / "config.yaml")
-        if not resume:
+        if not resume and isinstance(data, TextDataModule):
             data.vocabulary.save(folder / "vocabulary.txt")
-    torch.manual_seed(config.seed)
-    module = SentenceVAEModule(build_model(config, data.vocabulary), config)
     checkpoints = RunCheckpoints(folder / "checkpoints", config.checkpoint_every)
     start = time.monotonic()
     interrupted = False
     with _quiet_lightning():
-        trainer = _trainer(config, checkpoints, position["step"] if resume else None)
+        trainer = _trainer(config, module, checkpoints, position["step"] if resume else None)
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoints.last if resume else None)
         except Interrupted:
@@ -137,14 +150,21 @@ def train(
             raise KeyboardInterrupt from error
     seconds = time.monotonic() - start
     if trainer.is_global_zero:
-        _summarize(folder, data, floor=floor, seed=config.seed)
-    return TrainResult(
-        folder, module.global_step, checkpoints.best_neg_elbo, interrupted, seconds, trainer.is_global_zero
-    )
+        _summarize(folder, module, data, floor=floor, seed=config.seed)
+        _show_in_tensorboard(trainer, folder, module.global_step)
+    return TrainResult(folder, module.global_step, checkpoints.best_value, interrupted, seconds, trainer.is_global_zero)
+
+
+def build_module(config: RunConfig, data: TextDataModule | ArrayDataModule) -> RunModule:
+    """Build the untrained model of a run in the module that trains it."""
+    if isinstance(data, TextDataModule):
+        assert isinstance(config, TrainConfig)
+        return SentenceVAEModule(build_model(config, data.vocabulary), config)
+    return ArrayModule(data.config, data.scaling, len(data.train))
 
 
 def build_model(config: TrainConfig, vocabulary: Vocabulary) -> SentenceVAE:
-    """Build the untrained model of a run."""
+    """Build the untrained sentence VAE of a run."""
     return SentenceVAE(
         len(vocabulary),
         embed_dim=config.embed_dim,
@@ -164,9 +184,12 @@ def build_model(config: TrainConfig, vocabulary: Vocabulary) -> SentenceVAE:
     )
 
 
-def _checkpoint_to_resume(config: TrainConfig) -> dict[str, Any]:
+def _checkpoint_to_resume(config: RunConfig) -> dict[str, Any]:
     checkpoint = read_checkpoint(checkpoint_path(config.out, "last"))
     before, now = checkpoint["train_config"], config.to_dict()
+    before = before | {"model": model_name(before)}
+    if before["model"] != now["model"]:
+        raise ValueError(f"{config.out} holds a run of {before['model']}, which cannot go on as {now['model']}")
     for name, value in now.items():
         if name not in _CHANGEABLE and before[name] != value:
             raise ValueError(
@@ -190,14 +213,14 @@ def _prepare_folder(folder: Path, *, fresh: bool, overwrite: bool) -> None:
             path.unlink(missing_ok=True)
 
 
-def _trainer(config: TrainConfig, checkpoints: RunCheckpoints, resume_step: int | None) -> Trainer:
+def _trainer(config: RunConfig, module: RunModule, checkpoints: RunCheckpoints, resume_step: int | None) -> Trainer:
     folder = Path(config.out)
     callbacks: list[Callback] = [TrainingProgress(), StepMetrics(), checkpoints]
     if config.max_minutes:
         callbacks.append(TimeLimit(config.max_minutes))
     if config.patience:
-        callbacks.append(EarlyStopping(MONITOR, patience=config.patience, mode="min"))
-    loggers: list[Logger] = [MetricsFile(folder / "metrics.csv", resume_step)]
+        callbacks.append(EarlyStopping(module.monitor, patience=config.patience, mode="min"))
+    loggers: list[Logger] = [MetricsFile(folder / "metrics.csv", resume_step, module.terms)]
     if importlib.util.find_spec("tensorboard"):
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
     try:
@@ -239,16 +262,31 @@ def _quiet_lightning() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _summarize(folder: Path, data: TextDataModule, *, floor: float | None, seed: int) -> None:
+def _summarize(
+    folder: Path, module: RunModule, data: TextDataModule | ArrayDataModule, *, floor: float | None, seed: int
+) -> None:
     metrics = folder / "metrics.csv"
     rows = read_metrics(metrics) if metrics.is_file() else []
     if rows:
-        plot_curves(rows, folder / "curves.png", floor=floor)
+        plot_curves(rows, folder / "curves.png", terms=module.terms, unit=module.unit[0], floor=floor)
     if not (folder / "checkpoints" / "best.ckpt").is_file():
         return  # stopped before the first validation
-    model, vocabulary, _ = load_run(folder)
-    text = samples_text(model, vocabulary, [data.valid[i] for i in range(min(10, len(data.valid)))], seed=seed)
+    model, known, _ = load_run(folder)
+    if isinstance(data, ArrayDataModule):
+        draw_pictures(ArrayModel(model, known), data.valid, folder, seed=seed)
+        return
+    text = samples_text(model, known, [data.valid[i] for i in range(min(10, len(data.valid)))], seed=seed)
     replace_atomically(folder / "samples.txt", lambda file: file.write(text.encode()))
+
+
+def _show_in_tensorboard(trainer: Trainer, folder: Path, step: int) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            from matplotlib.image import imread
+
+            for path in sorted(folder.glob("*.png")):
+                logger.experiment.add_image(path.stem, imread(path), step, dataformats="HWC")
+            logger.experiment.flush()
 
 
 def samples_text(model: SentenceVAE, vocabulary: Vocabulary, sentences: list[torch.Tensor], *, seed: int = 0) -> str:
