@@ -151,7 +151,7 @@ def load_arrays(
         if part not in (*SPLIT_NAMES, "all"):
             raise ValueError(f"part must be one of {', '.join(SPLIT_NAMES)}, all; got {part!r}")
     path = download(str(source), mirror=mirror, cache=cache) if source in _DOWNLOADS else Path(source)
-    if source != "digits" and path.is_dir() and _idx_file(path, "train-images"):
+    if has_test_part(source):
         if "all" in parts:
             raise ValueError(f"part 'all' is for a single file or a folder of images; {source} has a test part apart")
         files = {prefix: _idx_part(path, prefix) for prefix in {_PARTS[part] for part in parts}}
@@ -177,6 +177,14 @@ def load_arrays(
             count = len(samples.array)
             raise ValueError(f"{source}: {count} rows are too few to hold any out for {part!r}, 20 are needed")
     return chosen
+
+
+def has_test_part(source: str | os.PathLike[str]) -> bool:
+    """Whether a source is MNIST, Fashion-MNIST or a folder with files named as theirs, with test rows of its own."""
+    path = Path(source)
+    return source in _DOWNLOADS or (
+        source != "digits" and path.is_dir() and _idx_file(path, "train-images") is not None
+    )
 
 
 def _read(source: str | os.PathLike[str], path: Path, image_size: int) -> Samples:

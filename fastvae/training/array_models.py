@@ -13,8 +13,9 @@ from fastvae.models import IWAE, VAE, DenoisingAutoEncoder, LinearAutoEncoder
 from fastvae.nn import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, OneHot
 from fastvae.training.config import ArrayConfig
 
-_OF_MODEL = ("model", "encoder", "hidden", "channels", "latent_dim", "posterior", "estimator", "beta", "free_bits") + (
-    ("log_var", "num_samples", "noise", "level", "tied")
+_OF_MODEL = (
+    *("model", "encoder", "hidden", "channels", "latent_dim", "posterior", "estimator", "beta", "free_bits"),
+    *("log_var", "num_samples", "noise", "level", "tied"),
 )
 
 
@@ -130,7 +131,7 @@ class ArrayModel:
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Return the mean of z, or the code, of rows (rows, *shape): (rows, latent_dim)."""
-        codes = self.model.encode(self._input(x))
+        codes = self.model.encode(self.input(x))
         return codes[0] if isinstance(codes, tuple) else codes
 
     @torch.no_grad()
@@ -158,7 +159,8 @@ class ArrayModel:
         z = torch.randn(count, self.model.latent_dim, generator=torch.Generator().manual_seed(seed))
         return self.decode(z)
 
-    def _input(self, x: Tensor) -> Tensor:
+    def input(self, x: Tensor) -> Tensor:
+        """Return rows as the model reads them: scaled, on its device."""
         return model_input(self.model, self.scaling.apply(x.to(self.device)))
 
 

@@ -1,4 +1,4 @@
-"""What a sentence VAE is judged by, in nats: -ELBO, importance-weighted NLL, KL, PPL, active units, I(z;x).
+"""What a model is judged by, in nats: -ELBO, importance-weighted NLL, KL, active units, I(z;x), PPL; errors.
 
 The batches are read once and nothing grows with their number: the active units come from running moments and
 the mutual information from a uniform sample of the posteriors.
@@ -14,50 +14,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fastvae import functional
+from fastvae.functional import gaussian_kl, scale_tril
+from fastvae.models.evidence import evaluating
 from fastvae.training.checkpoint import replace_atomically
 
 if TYPE_CHECKING:
     from fastvae.data import TextBatch
     from fastvae.models import SentenceVAE
+    from fastvae.training.array_models import ArrayModel
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Figures of a model on a set of sentences, in nats a sentence unless said otherwise.
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What was measured, on which data, and by which software.
 
     Args:
-        neg_elbo: nll + kl, never annealed, one sample of z a sentence.
-        nll: reconstruction term -E_q log p(x|z). kl: KL(q(z|x) || N(0, I)).
-        iw_nll: importance-weighted estimate of -log p(x) with iw_samples samples; None when not asked for.
-        ppl: exp(total -ELBO / predicted tokens). iw_ppl: the same from iw_nll.
-        active_units: latent dimensions whose posterior mean varies over the sentences, Var_x(mean_d) > 0.01.
-        latent_dim: how many there are.
-        mutual_information: estimate of I(z;x) under q from `mutual_information_sentences` posteriors, of
-            whose number it is at most the logarithm.
-        sentences, tokens: how many were evaluated; tokens are those predicted, </s> included.
         data, split: what was evaluated. versions: of the software.
     """
 
-    neg_elbo: float
-    nll: float
-    kl: float
-    ppl: float
-    iw_nll: float | None
-    iw_ppl: float | None
-    iw_samples: int
-    active_units: int
-    latent_dim: int
-    mutual_information: float
-    mutual_information_sentences: int
-    sentences: int
-    tokens: int
     data: str = ""
     split: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: versions())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain types."""
@@ -67,6 +49,84 @@ class Evaluation:
         """Write the figures as JSON, atomically."""
         text = json.dumps(self.to_dict(), indent=2) + "\n"
         replace_atomically(path, lambda file: file.write(text.encode()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEFigures(Figures):
+    """Figures of a VAE, in nats a sentence or a row.
+
+    Args:
+        neg_elbo: nll + kl, never annealed, one sample of z each.
+        nll: reconstruction term -E_q log p(x|z). kl: KL(q(z|x) || N(0, I)).
+        iw_nll: importance-weighted estimate of -log p(x) with iw_samples samples; None when not asked for.
+        active_units: latent dimensions whose posterior mean varies over the data, Var_x(mean_d) > 0.01.
+        latent_dim: how many there are.
+    """
+
+    neg_elbo: float
+    nll: float
+    kl: float
+    iw_nll: float | None
+    iw_samples: int
+    active_units: int
+    latent_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(VAEFigures):
+    """Figures of a sentence VAE on a set of sentences, in nats a sentence unless said otherwise.
+
+    Args:
+        ppl: exp(total -ELBO / predicted tokens). iw_ppl: the same from iw_nll.
+        mutual_information: estimate of I(z;x) under q from `mutual_information_sentences` posteriors, of
+            whose number it is at most the logarithm.
+        sentences, tokens: how many were evaluated; tokens are those predicted, </s> included.
+    """
+
+    ppl: float
+    iw_ppl: float | None
+    mutual_information: float
+    mutual_information_sentences: int
+    sentences: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayEvaluation(VAEFigures):
+    """Figures of a VAE on vectors or images, in nats a row, of the scaled numbers.
+
+    Args:
+        kl_per_dimension: KL of each dimension of z, which sum to the KL; of a full posterior that of each marginal.
+        mutual_information: as in `Evaluation`, from `mutual_information_rows` posteriors; None for a full posterior.
+        bits_per_dimension: -ELBO in bits over the numbers of a row, where that is a code length: of classes, and of
+            numbers that are 0 or 1; else None.
+        rows: how many were evaluated.
+    """
+
+    kl_per_dimension: list[float]
+    mutual_information: float | None
+    mutual_information_rows: int
+    bits_per_dimension: float | None
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoEncoderEvaluation(Figures):
+    """Figures of an auto-encoder, means over rows that it reads uncorrupted.
+
+    Args:
+        error: what training minimises, where a denoising auto-encoder reads corrupted rows: 1/2 |x - reconstruction|^2,
+            or the Bernoulli NLL in nats; of the scaled numbers.
+        squared_error: of a number of the data, in their own units.
+        explained: 1 - |x - reconstruction|^2 / |x - mean|^2, sums over all rows.
+        latent_dim: size of the code. rows: how many were evaluated.
+    """
+
+    error: float
+    squared_error: float
+    explained: float
+    latent_dim: int
+    rows: int
 
 
 class RunningMoments:
@@ -173,9 +233,7 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64)  # nll, kl, iw_nll, tokens
     sentences = 0
     moments, posteriors = RunningMoments(), PosteriorSample(mutual_information_sentences, seed)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches:
             tokens, lengths = batch.tokens.to(device), batch.lengths.to(device)
             output = model(tokens, lengths, generator=generator)
@@ -191,14 +249,10 @@ def evaluate(
             sentences += len(tokens)
             moments.update(mean)
             posteriors.update(mean, log_var)
-    finally:
-        model.train(was_training)
     if not sentences:
         raise ValueError("there are no sentences to evaluate")
     nll, kl, iw_total, tokens_total = sums.tolist()
-    for name, value in (("reconstruction NLL", nll), ("KL", kl), ("importance-weighted NLL", iw_total)):
-        if not math.isfinite(value):
-            raise ValueError(f"the {name} is {value}: the model's weights are damaged or training diverged")
+    _require_finite(nll, kl, iw_total)
     kept = torch.stack(posteriors.rows)
     return Evaluation(
         neg_elbo=(nll + kl) / sentences,
@@ -216,7 +270,115 @@ def evaluate(
         tokens=int(tokens_total),
         data=data,
         split=split,
-        versions=versions(),
+    )
+
+
+def _require_finite(nll: float, kl: float, iw_nll: float) -> None:
+    for name, value in (("reconstruction NLL", nll), ("KL", kl), ("importance-weighted NLL", iw_nll)):
+        if not math.isfinite(value):
+            raise ValueError(f"the {name} is {value}: the model's weights are damaged or training diverged")
+
+
+@torch.no_grad()
+def evaluate_array(
+    model: ArrayModel,
+    batches: Iterable[Tensor],
+    *,
+    iw_samples: int = 0,
+    iw_chunk: int = 50,
+    mutual_information_rows: int = 2048,
+    seed: int = 0,
+    data: str = "",
+    split: str = "",
+) -> ArrayEvaluation:
+    """Evaluate a VAE or an IWAE on vectors or images, each counted once and the KL never weighted.
+
+    Args:
+        model: whose `has_prior` is true.
+        batches: rows (rows, *shape), unscaled.
+        iw_samples, iw_chunk, seed, data, split: as in `evaluate`.
+        mutual_information_rows: posteriors kept for the estimate of I(z;x).
+
+    Raises:
+        ValueError: there are no rows, or the model gives a figure that is not finite.
+    """
+    vae: Any = model.model
+    generator = torch.Generator(model.device).manual_seed(seed)
+    nll = kl = iw_nll = 0.0
+    kl_per_dimension: Tensor | float = 0.0
+    rows, diagonal = 0, True
+    moments, posteriors = RunningMoments(), PosteriorSample(mutual_information_rows, seed)
+    with evaluating(vae):
+        for batch in batches:
+            x = model.input(batch)
+            output = vae(x, num_samples=1, generator=generator)
+            mean, *spread = vae.encode(x)
+            nll += float(output.nll.double().sum())
+            kl += float(output.kl.double().sum())
+            if iw_samples:
+                bound = vae.importance_weighted_nll(x, num_samples=iw_samples, chunk=iw_chunk, generator=generator)
+                iw_nll += float(bound.double().sum())
+            rows += len(x)
+            diagonal = len(spread) == 1
+            log_var = spread[0] if diagonal else scale_tril(*spread).square().sum(-1).log()
+            kl_per_dimension += gaussian_kl(mean, log_var, reduction="none").double().sum(0)
+            moments.update(mean)
+            posteriors.update(mean, log_var)
+    if not rows:
+        raise ValueError("there are no rows to evaluate")
+    _require_finite(nll, kl, iw_nll)
+    assert isinstance(kl_per_dimension, Tensor)
+    kept = torch.stack(posteriors.rows)
+    discrete = vae.likelihood == "categorical" or (vae.likelihood == "bernoulli" and model.scaling.kind == "binary")
+    bits = (nll + kl) / rows / math.prod(model.scaling.shape) / math.log(2)
+    return ArrayEvaluation(
+        neg_elbo=(nll + kl) / rows,
+        nll=nll / rows,
+        kl=kl / rows,
+        iw_nll=iw_nll / rows if iw_samples else None,
+        iw_samples=iw_samples,
+        active_units=int((moments.variance > ACTIVE_VARIANCE).sum()),
+        latent_dim=kept.shape[-1],
+        kl_per_dimension=(kl_per_dimension / rows).tolist(),
+        mutual_information=mutual_information(kept[:, 0], kept[:, 1], seed=seed) if diagonal else None,
+        mutual_information_rows=len(kept),
+        bits_per_dimension=bits if discrete else None,
+        rows=rows,
+        data=data,
+        split=split,
+    )
+
+
+@torch.no_grad()
+def evaluate_autoencoder(
+    model: ArrayModel, batches: Iterable[Tensor], *, seed: int = 0, data: str = "", split: str = ""
+) -> AutoEncoderEvaluation:
+    """Evaluate a linear or denoising auto-encoder on vectors or images; arguments as in `evaluate_array`.
+
+    Raises:
+        ValueError: there are no rows, or the model gives a figure that is not finite.
+    """
+    core: Any = model.model
+    error = squares = 0.0
+    moments = RunningMoments()
+    with evaluating(core):
+        options = {"generator": torch.Generator(model.device).manual_seed(seed)} if hasattr(core, "noise") else {}
+        for batch in batches:
+            error += float(core(model.input(batch), **options).error.double().sum())
+            squares += float((batch.to(model.device) - model.reconstruct(batch)).double().square().sum())
+            moments.update(batch.flatten(1))
+    if not moments.count:
+        raise ValueError("there are no rows to evaluate")
+    if not math.isfinite(error):
+        raise ValueError(f"the error is {error}: the model's weights are damaged or training diverged")
+    return AutoEncoderEvaluation(
+        error=error / moments.count,
+        squared_error=squares / moments.count / len(moments.mean),
+        explained=1.0 - squares / max(float(moments.squares.sum()), 1e-300),
+        latent_dim=model.codes(batch).size(1),
+        rows=moments.count,
+        data=data,
+        split=split,
     )
 
 

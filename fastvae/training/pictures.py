@@ -24,12 +24,15 @@ _SIDE = 20  # images in a row of a manifold
 _ATOMS = 144
 
 
-def draw_pictures(model: ArrayModel, samples: Samples, folder: str | Path, *, seed: int = 0) -> list[Path]:
+def draw_pictures(
+    model: ArrayModel, train: Samples, valid: Samples, folder: str | Path, *, seed: int = 0
+) -> list[Path]:
     """Draw all that makes sense of a model: reconstructions, samples, latent map, manifold, atoms.
 
     Args:
         model: in evaluation mode.
-        samples: rows to reconstruct and to place in the latent map; validation's, as a rule.
+        train: rows to place in the latent map.
+        valid: rows to reconstruct.
         folder: where the PNGs go.
         seed: of the samples.
 
@@ -38,8 +41,8 @@ def draw_pictures(model: ArrayModel, samples: Samples, folder: str | Path, *, se
     """
     folder, scaling = Path(folder), model.scaling
     written = [folder / "latent_map.png"]
-    plot_latent_map(model, samples, written[0])
-    few = samples.read(slice(0, 32))
+    plot_latent_map(model, train, written[0])
+    few = valid.read(slice(0, 32))
     if scaling.is_image:
         written.append(folder / "reconstructions.png")
         pairs = torch.stack([few, model.reconstruct(few).cpu()], 1).flatten(0, 1)
@@ -56,7 +59,7 @@ def draw_pictures(model: ArrayModel, samples: Samples, folder: str | Path, *, se
             plot_atoms(atoms, written[-1], scaling.shape)
     else:
         written.append(folder / "reconstructions.png")
-        plot_vectors(model, samples, written[-1], seed=seed)
+        plot_vectors(model, valid, written[-1], seed=seed)
     return written
 
 

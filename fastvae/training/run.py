@@ -25,6 +25,7 @@ from fastvae.models import SentenceVAE
 from fastvae.training.array_models import ArrayModel
 from fastvae.training.array_module import ArrayModule
 from fastvae.training.callbacks import (
+    LABELS,
     AtomicCheckpointIO,
     Interrupted,
     RunCheckpoints,
@@ -70,6 +71,7 @@ class TrainResult:
             first validation.
         interrupted: the run was stopped by Ctrl-C and can be resumed.
         seconds: time spent training in this call.
+        measure: what `best` is: "-ELBO", "IW-NLL" or "error". unit: "sentence", "image" or "row".
         is_main: this is the process that writes files and prints (the only one, unless devices > 1).
     """
 
@@ -78,6 +80,8 @@ class TrainResult:
     best: float
     interrupted: bool
     seconds: float
+    measure: str
+    unit: str
     is_main: bool
 
     @property
@@ -152,7 +156,16 @@ def train(
     if trainer.is_global_zero:
         _summarize(folder, module, data, floor=floor, seed=config.seed)
         _show_in_tensorboard(trainer, folder, module.global_step)
-    return TrainResult(folder, module.global_step, checkpoints.best_value, interrupted, seconds, trainer.is_global_zero)
+    return TrainResult(
+        folder,
+        module.global_step,
+        checkpoints.best_value,
+        interrupted,
+        seconds,
+        LABELS[module.terms[0]],
+        module.unit[0],
+        trainer.is_global_zero,
+    )
 
 
 def build_module(config: RunConfig, data: TextDataModule | ArrayDataModule) -> RunModule:
@@ -273,7 +286,7 @@ def _summarize(
         return  # stopped before the first validation
     model, known, _ = load_run(folder)
     if isinstance(data, ArrayDataModule):
-        draw_pictures(ArrayModel(model, known), data.valid, folder, seed=seed)
+        draw_pictures(ArrayModel(model, known), data.train, data.valid, folder, seed=seed)
         return
     text = samples_text(model, known, [data.valid[i] for i in range(min(10, len(data.valid)))], seed=seed)
     replace_atomically(folder / "samples.txt", lambda file: file.write(text.encode()))
