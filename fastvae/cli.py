@@ -10,22 +10,27 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastvae.training.config import (
-    KL_SCHEDULES,
-    LR_SCHEDULES,
-    PRECISIONS,
+    CHOICES,
+    CONFIGS,
+    RunConfig,
     TrainConfig,
+    config_class,
     read_yaml,
     setting_type,
+    sizes,
 )
 
 if TYPE_CHECKING:
     import torch
 
-    from fastvae.data import Vocabulary
+    from fastvae.data import Samples, Vocabulary
     from fastvae.models import SentenceVAE
+    from fastvae.training.array_models import ArrayModel
+    from fastvae.training.metrics import Figures, VAEFigures
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -40,8 +45,15 @@ _SETTINGS: dict[str, dict[str, str]] = {
         "max_length": "cut longer training sentences to this many words; 0: keep them whole",
         "streaming": "read the training file as it goes, for files larger than memory (needs --valid)",
         "workers": "processes that prepare batches",
+        "image_size": "cut and resize images of a folder to squares of this side; 0: as they are",
+        "scaling": "of the numbers: to [0, 1], to 0 or 1, to mean 0 and variance 1, to levels counted from 0; auto "
+        "goes by the likelihood",
     },
     "model": {
+        "model": "whose settings these are (--model NAME --help)",
+        "encoder": "networks; conv is for images",
+        "hidden": "sizes of the encoder's layers, which the decoder mirrors: 400,200; '' for none",
+        "channels": "of the convolutions, each of which halves the image",
         "embed_dim": "size of the word embeddings",
         "hidden_size": "size of the LSTM states",
         "latent_dim": "size of z",
@@ -52,8 +64,17 @@ _SETTINGS: dict[str, dict[str, str]] = {
         "variational_dropout": "drop the same entries at all steps of a sentence",
         "tie_weights": "use the decoder's embedding as its output layer",
         "share_embedding": "use one embedding for encoder and decoder",
+        "likelihood": "p(x|z); auto is bernoulli for images and gaussian for vectors",
+        "log_var": "log of the variance of a gaussian likelihood; learnt unless given",
+        "posterior": "covariance of q(z|x)",
+        "noise": "that corrupts what the encoder reads",
+        "level": "deviation of gaussian noise in scaled units, share of the numbers hit by the others",
+        "tied": "the decoder's matrix is the encoder's transposed",
     },
     "loss": {
+        "estimator": "of the encoder's gradient",
+        "num_samples": "of z for each row in the bound",
+        "beta": "weight of the KL, multiplied by that of the schedule",
         "kl_schedule": "course of the KL weight",
         "kl_weight": "final weight of the KL",
         "kl_start": "first weight of the KL (linear, cyclical)",
@@ -80,13 +101,18 @@ _SETTINGS: dict[str, dict[str, str]] = {
         "checkpoint_every": "steps between two checkpoints within an epoch; 0: after each epoch only",
     },
 }
-_CHOICES = {"kl_schedule": KL_SCHEDULES, "lr_schedule": LR_SCHEDULES, "precision": PRECISIONS}
+_OF_ARRAYS = {  # where the text above speaks of sentences
+    "data": "digits, mnist, fashion-mnist, .npy file, IDX file, or folder of images (or of MNIST's IDX files)",
+    "batch_size": "images or vectors a step, over all devices",
+    "patience": "stop after so many epochs without a better validation loss; 0: never",
+}
 _PACKAGES = {  # module: package, and the extra that brings it
     "lightning": ("lightning", "train"),
     "rich": ("rich", "train"),
     "matplotlib": ("matplotlib", "train"),
     "PIL": ("pillow", "train"),
     "yaml": ("pyyaml", "train"),
+    "pooch": ("pooch", "download"),
     "sklearn": ("scikit-learn", "estimators"),
     "onnx": ("onnx", "export"),
     "onnxscript": ("onnxscript", "export"),
@@ -102,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for a mistake of the user's (told in one line), 130 after Ctrl-C.
     """
-    parser, commands = _parsers()
+    parser, commands = _parsers(_model_named(sys.argv[1:] if argv is None else argv))
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         _reject(commands[arguments.command], unknown[0])
@@ -145,10 +171,21 @@ def _reject(parser: argparse.ArgumentParser, argument: str) -> NoReturn:
     parser.error(f"unknown argument {argument!r}" + (f"; did you mean {close[0]}?" if close else ""))
 
 
-def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+def _model_named(argv: Sequence[str]) -> str:
+    """Return the model whose settings the help of `train` shows."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--model", choices=CONFIGS, default=TrainConfig.model)
+    try:
+        return parser.parse_known_args(argv)[0].model
+    except argparse.ArgumentError:  # told by the parser of `train`
+        return TrainConfig.model
+
+
+def _parsers(model: str = TrainConfig.model) -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(
         prog="fastvae",
-        description="Train and use variational auto-encoders for sentences; learn dictionaries for sparse coding.",
+        description="Train and use auto-encoders and variational auto-encoders for sentences, vectors and images; "
+        "learn dictionaries for sparse coding.",
         epilog="Begin with `fastvae demo` (under 3 minutes), then `fastvae train --help`.",
         allow_abbrev=False,
     )
@@ -171,12 +208,13 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         return command
 
     _add_demo(add("demo", _demo, "learn a small language and show what was learnt", _DEMO_HELP))
-    _add_train(add("train", _train, "train a sentence VAE on text", _TRAIN_HELP))
-    _add_evaluate(add("evaluate", _evaluate, "measure a trained model on text, in nats", _EVALUATE_HELP))
-    _add_sample(add("sample", _sample, "write new sentences from the prior", _SAMPLE_HELP))
-    _add_reconstruct(
-        add("reconstruct", _reconstruct, "write sentences again from their latent vector", _RECONSTRUCT_HELP)
-    )
+    text = model == TrainConfig.model
+    summary = "train a sentence VAE on text, or a model of vectors and images" if text else f"train a model: {model}"
+    _add_train(add("train", _train, summary, _TRAIN_HELP if text else _TRAIN_ARRAYS_HELP), config_class(model))
+    _add_evaluate(add("evaluate", _evaluate, "measure a trained model, in nats", _EVALUATE_HELP))
+    _add_sample(add("sample", _sample, "write new sentences, or draw new images, from the prior", _SAMPLE_HELP))
+    summary = "write sentences, or draw images, again from their latent vector"
+    _add_reconstruct(add("reconstruct", _reconstruct, summary, _RECONSTRUCT_HELP))
     _add_interpolate(add("interpolate", _interpolate, "write sentences between two sentences", _INTERPOLATE_HELP))
     _add_export(add("export", _export, "write a trained decoder as ONNX models", _EXPORT_HELP))
     _add_dictionary(add("dictionary", _dictionary, "learn a dictionary for sparse coding", _DICTIONARY_HELP))
@@ -204,42 +242,76 @@ The run's folder holds config.yaml, vocabulary.txt, checkpoints/last.ckpt and be
 -ELBO), metrics.csv, curves.png, samples.txt and tensorboard/. All losses are in nats; validation never weighs
 the KL. If the KL falls to 0, the decoder ignores z: try slower annealing (--kl-steps), --word-dropout 0.3 or
 --free-bits 0.1.
+
+Models of vectors and images have settings of their own:
+  fastvae train --model vae --help                    also iwae, denoising_autoencoder, linear_autoencoder
+"""
+_TRAIN_ARRAYS_HELP = """\
+examples:
+  fastvae train --model vae --data digits             handwritten digits that come with scikit-learn
+  fastvae train --model vae --data mnist --latent-dim 20 --encoder conv --epochs 20
+  fastvae train --model iwae --data digits --num-samples 50
+  fastvae train --model denoising_autoencoder --data photos/ --image-size 32 --noise gaussian --level 0.2
+  fastvae train --model linear_autoencoder --data vectors.npy --latent-dim 8
+  fastvae train --out run --resume                    continue after Ctrl-C or a crash
+
+A .npy file holds vectors (N, features) or images (N, height, width[, channels]). Of each 20 rows the 19th is for
+validation and the 20th for testing. The run's folder holds config.yaml, checkpoints/last.ckpt and best.ckpt (lowest
+validation loss), metrics.csv, curves.png, tensorboard/ and pictures: reconstructions beside inputs, samples, a map of
+the latent space, a manifold where z has 2 dimensions, the decoder's atoms. Losses are in nats a row of the scaled
+numbers; validation never weighs the KL. Downloads are kept in $FASTVAE_CACHE and taken from $FASTVAE_MIRROR/NAME
+where these are set.
 """
 
 
-def _add_train(parser: _Parser) -> None:
-    parser.usage = "fastvae train --data NAME|PATH [--out FOLDER] [--config FILE] [--resume] [settings]"
+def _add_train(parser: _Parser, config: type[RunConfig]) -> None:
+    """Add the settings of all models, so that any file and any run goes with flags; the help shows those of one."""
+    text = config is TrainConfig
+    model = "" if text else f" --model {config.__dataclass_fields__['model'].default}"
+    parser.usage = f"fastvae train{model} --data NAME|PATH [--out FOLDER] [--config FILE] [--resume] [settings]"
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings, named as the flags, - as _")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    defaults = {name: field.default for name, field in TrainConfig.__dataclass_fields__.items()}
+    known = config.__dataclass_fields__
     for title, settings in _SETTINGS.items():
         group = parser.add_argument_group(title)
-        for name, text in settings.items():
-            kind = setting_type(name)
+        for name, described in settings.items():
+            owner = config if name in known else next(c for c in CONFIGS.values() if name in c.__dataclass_fields__)
+            kind = setting_type(owner, name)
             flag = "--" + name.replace("_", "-")
-            options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
-            if name not in ("data", "valid"):
-                options["help"] += f" [{defaults[name]}]"
+            told = described if text else _OF_ARRAYS.get(name, described)
+            options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            if name in known:
+                default = known[name].default
+                shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+                plain = default is MISSING or default is None
+                options["help"] = told if plain else f"{told} [{shown}]"
+            choices = tuple(CONFIGS) if name == "model" else CHOICES.get(name)
             if kind is bool:
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-            elif name in _CHOICES:
-                group.add_argument(flag, choices=_CHOICES[name], **options)
+            elif choices:
+                group.add_argument(flag, choices=choices, **options)
             else:
-                group.add_argument(flag, type=kind, metavar=_METAVARS.get(name, kind.__name__.upper()), **options)
+                metavar = _METAVARS.get(name, "SIZES" if kind is tuple else kind.__name__.upper())
+                group.add_argument(flag, type=sizes if kind is tuple else kind, metavar=metavar, **options)
 
 
 _METAVARS = {"data": "NAME|PATH", "valid": "FILE", "out": "FOLDER", "accelerator": "NAME"}
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    flags = {name: value for name, value in vars(arguments).items() if name in TrainConfig.__dataclass_fields__}
-    settings: dict[str, Any] = read_yaml(arguments.config) if arguments.config else {}
+    known = {name for config in CONFIGS.values() for name in config.__dataclass_fields__}
+    flags: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name in known}
+    settings = read_yaml(arguments.config, flags.get("model")) if arguments.config else {}
     settings |= flags
     if arguments.resume:
         out = settings.get("out", TrainConfig.out)
-        settings = read_yaml(os.path.join(out, "config.yaml")) | settings | {"out": out}
-    config = TrainConfig.from_mapping(settings)
+        saved = read_yaml(os.path.join(out, "config.yaml"))
+        model = saved.get("model", TrainConfig.model)
+        if settings.get("model", model) != model:
+            raise ValueError(f"{out} holds a run of {model}, which cannot go on as one of {settings['model']}")
+        settings = saved | settings | {"out": out}
+    config = config_class(settings.get("model", TrainConfig.model)).from_mapping(settings)
 
     from fastvae.training.run import train
 
@@ -249,8 +321,12 @@ def _train(arguments: argparse.Namespace) -> int:
     if result.interrupted:
         print(f"stopped at step {result.steps}; continue with: fastvae train --out {result.folder} --resume")
         return INTERRUPTED
-    print(f"best validation -ELBO {result.best_neg_elbo:.3f} nats a sentence after {result.steps} steps")
-    print(f"curves: {result.folder / 'curves.png'}   samples: {result.folder / 'samples.txt'}")
+    article = "an" if result.unit == "image" else "a"
+    print(f"best validation {result.measure} {result.best:.3f} nats {article} {result.unit} after {result.steps} steps")
+    if result.unit == "sentence":
+        print(f"curves: {result.folder / 'curves.png'}   samples: {result.folder / 'samples.txt'}")
+    else:
+        print(f"pictures: {'  '.join(map(str, sorted(result.folder.glob('*.png'))))}")
     print(f"next: fastvae evaluate {result.folder}")
     return 0
 
@@ -262,16 +338,18 @@ examples:
   fastvae evaluate run                                the test part of the data the run was trained on
   fastvae evaluate run --split valid --iw-samples 500
   fastvae evaluate run --data other.txt --out other.json
+  fastvae evaluate digits --iw-samples 500            a run on images
 
 -ELBO = NLL + KL with one sample of z a sentence, never weighted. The importance-weighted NLL is a tighter
 bound on -log p(x). PPL = exp(total nats / predicted tokens), </s> counted. A latent dimension is active where
-the variance of its posterior mean over the sentences is above 0.01.
+the variance of its posterior mean over the sentences is above 0.01. Of vectors and images the figures are a
+row's, of the scaled numbers; an auto-encoder has its reconstruction error alone.
 """
 
 
 def _add_evaluate(parser: _Parser) -> None:
     _add_run(parser)
-    parser.add_argument("--data", metavar="NAME|PATH", help="text to measure on [that of the run]")
+    parser.add_argument("--data", metavar="NAME|PATH", help="what to measure on [the run's data]")
     parser.add_argument(
         "--split", choices=("train", "valid", "test", "all"), help="part of it [test; all of a new file]"
     )
@@ -282,7 +360,9 @@ def _add_evaluate(parser: _Parser) -> None:
         metavar="K",
         help="samples of z for the importance-weighted NLL, 0: none [100]",
     )
-    parser.add_argument("--batch-size", type=int, default=32, metavar="INT", help="sentences at a time [32]")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="INT", help="sentences [32], or images or vectors [256], at a time"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of the samples [0]")
     parser.add_argument("--out", metavar="FILE", help="JSON to write [RUN/evaluation_SPLIT.json]")
 
@@ -290,28 +370,30 @@ def _add_evaluate(parser: _Parser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from fastvae.data import TextCorpus, load_text
+    from fastvae.data import TextCorpus, Vocabulary, load_text
     from fastvae.training.batches import ordered_batches
     from fastvae.training.metrics import evaluate
 
     if arguments.iw_samples < 0:
         raise ValueError(f"--iw-samples must be at least 0, got {arguments.iw_samples}")
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     model, vocabulary, config = _load(arguments)
+    if not isinstance(vocabulary, Vocabulary):
+        return _evaluate_array(arguments)
     data = arguments.data or config["data"]
     split = arguments.split or ("all" if arguments.data and Path(data).is_file() else "test")
     corpus = TextCorpus(load_text(data, split), vocabulary)
     result = evaluate(
         model,
-        ordered_batches(corpus, arguments.batch_size),
+        ordered_batches(corpus, arguments.batch_size or 32),
         iw_samples=arguments.iw_samples,
         seed=arguments.seed,
         data=str(data),
         split=split,
     )
     rows = [
-        ("-ELBO", f"{result.neg_elbo:.4f}", "nats a sentence"),
-        ("  NLL", f"{result.nll:.4f}", ""),
-        ("  KL", f"{result.kl:.4f}", ""),
+        *_elbo_rows(result, "a sentence"),
         ("PPL", f"{result.ppl:.4f}", "a predicted token, from -ELBO"),
     ]
     if result.iw_nll is not None and result.iw_ppl is not None:
@@ -320,13 +402,87 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     rows.append(("active units", f"{result.active_units} of {result.latent_dim}", ""))
     limit = f"nats, from {result.mutual_information_sentences} sentences"
     rows.append(("I(z;x)", f"{result.mutual_information:.4f}", limit))
-    print(f"{data} ({split}): {result.sentences:,} sentences, {result.tokens:,} predicted tokens")
+    _show(f"{data} ({split}): {result.sentences:,} sentences, {result.tokens:,} predicted tokens", rows)
+    return _save_evaluation(arguments, result)
+
+
+def _elbo_rows(result: VAEFigures, unit: str) -> list[tuple[str, str, str]]:
+    return [
+        ("-ELBO", f"{result.neg_elbo:.4f}", f"nats {unit}"),
+        ("  NLL", f"{result.nll:.4f}", ""),
+        ("  KL", f"{result.kl:.4f}", ""),
+    ]
+
+
+def _show(title: str, rows: Sequence[tuple[str, str, str]]) -> None:
+    print(title)
     for name, value, unit in rows:
         print(f"{name:<14}{value:>12}  {unit}".rstrip())
-    out = Path(arguments.out) if arguments.out else Path(arguments.folder) / f"evaluation_{split}.json"
+
+
+def _save_evaluation(arguments: argparse.Namespace, result: Figures) -> int:
+    from pathlib import Path
+
+    out = Path(arguments.out) if arguments.out else Path(arguments.folder) / f"evaluation_{result.split}.json"
     result.save(out)
     print(f"written to {out}")
     return 0
+
+
+def _evaluate_array(arguments: argparse.Namespace) -> int:
+    from fastvae.training.array_models import row_kind
+    from fastvae.training.metrics import evaluate_array, evaluate_autoencoder
+
+    model, samples, data, split = _load_array(arguments, arguments.data, arguments.split)
+    size = arguments.batch_size or 256
+    batches = (samples.read(slice(start, start + size)) for start in range(0, len(samples), size))
+    about: dict[str, Any] = {"seed": arguments.seed, "data": data, "split": split}
+    title = f"{data} ({split}): {len(samples):,} {row_kind(model.scaling)}, {model.scaling}"
+    unit = "an image" if model.scaling.is_image else "a row"
+    if not model.has_prior:
+        errors = evaluate_autoencoder(model, batches, **about)
+        bernoulli = getattr(model.model, "likelihood", "") == "bernoulli"
+        what = "Bernoulli NLL in nats" if bernoulli else "1/2 |x - reconstruction|^2"
+        rows = [
+            ("error", f"{errors.error:.4f}", f"{unit}: {what}, of the scaled numbers"),
+            ("squared error", f"{errors.squared_error:.4g}", "a number, in units of the data"),
+            ("explained", f"{100 * errors.explained:.2f} %", "of the variance"),
+        ]
+        _show(title, rows)
+        return _save_evaluation(arguments, errors)
+    result = evaluate_array(model, batches, iw_samples=arguments.iw_samples, **about)
+    rows = _elbo_rows(result, unit)
+    if result.bits_per_dimension is not None:
+        rows.append(("bits / number", f"{result.bits_per_dimension:.4f}", "from -ELBO"))
+    if result.iw_nll is not None:
+        rows.append(("IW-NLL", f"{result.iw_nll:.4f}", f"nats {unit}, {result.iw_samples} samples"))
+    rows.append(("active units", f"{result.active_units} of {result.latent_dim}", ""))
+    if result.mutual_information is not None:
+        limit = f"nats, from {result.mutual_information_rows} posteriors"
+        rows.append(("I(z;x)", f"{result.mutual_information:.4f}", limit))
+    _show(title, rows)
+    print("KL of each dimension of z, largest first:")
+    order = sorted(range(result.latent_dim), key=lambda d: -result.kl_per_dimension[d])
+    cells = [f"z{d + 1}".rjust(6) + f"{result.kl_per_dimension[d]:9.4f}" for d in order]
+    for start in range(0, len(cells), 6):
+        print("".join(cells[start : start + 6]))
+    return _save_evaluation(arguments, result)
+
+
+def _load_array(
+    arguments: argparse.Namespace, data: str | None, split: str | None
+) -> tuple[ArrayModel, Samples, str, str]:
+    """Load a run on vectors or images, with the rows to use it on: the run's own, or those of other data."""
+    from fastvae.data.arrays import NAMES, has_test_part, load_array
+    from fastvae.training.array_models import ArrayModel, row_kind
+
+    core, scaling, config = _load(arguments)
+    whole = data is not None and data not in NAMES and not has_test_part(data)
+    source, part = data or config["data"], split or ("all" if whole else "test")
+    samples = load_array(source, part, image_size=config["image_size"])
+    if samples.shape != tuple(scaling.shape):
+        raise ValueError(f"{source} holds rows of shape {samples.shape}, and the run is of {row_kind(scaling)}")
+    return ArrayModel(core, scaling), samples, str(source), part
 
 
 # sample, reconstruct, interpolate
@@ -336,13 +492,18 @@ examples:
   fastvae sample run -n 20
   fastvae sample run --strategy greedy                one likeliest sentence for each z
   fastvae sample run --temperature 0.7 --top-p 0.9    safer words
+  fastvae sample digits -n 64 --out new.png           of a run on images: their means, as a picture
+  fastvae sample vectors --out new.npy                of a run on vectors: their means, as an array
 """
 _RECONSTRUCT_HELP = """\
 examples:
   fastvae reconstruct run "play some jazz in the kitchen"
   fastvae reconstruct run --strategy beam < sentences.txt
+  fastvae reconstruct digits -n 64                    of a run on images: the first of the test part, as a picture
+  fastvae reconstruct digits other.npy --out new.npy  of other data, as an array
 
-Prints one line for each sentence, in order: written from the posterior mean, greedily unless told otherwise.
+Prints one line for each sentence, in order: written from the posterior mean, greedily unless told otherwise. Of images
+each is drawn beside its reconstruction.
 """
 _INTERPOLATE_HELP = """\
 examples:
@@ -356,38 +517,53 @@ def _add_run(parser: _Parser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... [cuda where there is one]")
 
 
+_DECODING: dict[str, Any] = {
+    "strategy": "greedy", "temperature": 1.0, "top_k": 0, "top_p": 1.0, "beam_size": 5, "max_length": 60,
+}  # fmt: skip
+
+
 def _add_decoding(parser: _Parser, strategy: str) -> None:
-    parser.add_argument("--strategy", choices=("greedy", "sample", "beam"), default=strategy, help=f"[{strategy}]")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of strategy sample [1.0]")
-    parser.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="draw among the k likeliest words, 0: all [0]"
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="draw among the words that hold this probability [1.0]",
-    )
-    parser.add_argument("--beam-size", type=int, default=5, metavar="INT", help="of strategy beam [5]")
-    parser.add_argument("--max-length", type=int, default=60, metavar="INT", help="most words a sentence [60]")
+    group = parser.add_argument_group("how sentences are written")
+    group.add_argument("--strategy", choices=("greedy", "sample", "beam"), help=f"[{strategy}]")
+    group.add_argument("--temperature", type=float, metavar="T", help="of strategy sample [1.0]")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw among the k likeliest words, 0: all [0]")
+    group.add_argument("--top-p", type=float, metavar="P", help="draw among the words that hold this probability [1.0]")
+    group.add_argument("--beam-size", type=int, metavar="INT", help="of strategy beam [5]")
+    group.add_argument("--max-length", type=int, metavar="INT", help="most words a sentence [60]")
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of everything random [0]")
+    parser.set_defaults(usual_strategy=strategy)
 
 
 def _decoding(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("strategy", "temperature", "top_k", "top_p", "beam_size", "max_length")
-    return {name: getattr(arguments, name) for name in names}
+    usual = _DECODING | {"strategy": arguments.usual_strategy}
+    given = {name: getattr(arguments, name) for name in _DECODING}
+    return {name: usual[name] if value is None else value for name, value in given.items()}
+
+
+def _refuse(arguments: argparse.Namespace, names: Sequence[str], what: str) -> None:
+    """Tell of a flag that the run's model has no use for."""
+    for name in names:
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for {what}, which {arguments.folder} is not")
 
 
 def _add_sample(parser: _Parser) -> None:
     _add_run(parser)
-    parser.add_argument("-n", "--count", type=int, default=10, metavar="INT", help="how many [10]")
+    parser.add_argument("-n", "--count", type=int, metavar="INT", help="how many [10; 100 of images or vectors]")
+    parser.add_argument("--out", metavar="FILE", help="PNG or .npy of images, .npy of vectors [RUN/samples]")
     _add_decoding(parser, "sample")
 
 
 def _add_reconstruct(parser: _Parser) -> None:
     _add_run(parser)
-    parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="[read from standard input, one a line]")
+    parser.add_argument(
+        "sentences",
+        nargs="*",
+        metavar="SENTENCE|DATA",
+        help="sentences [standard input, one a line]; of a run on images or vectors other data of the kind [its own]",
+    )
+    parser.add_argument("-n", "--count", type=int, metavar="INT", help="most images or vectors [32; all]")
+    parser.add_argument("--out", metavar="FILE", help="PNG or .npy of images, .npy of vectors [RUN/reconstructed]")
     _add_decoding(parser, "greedy")
 
 
@@ -400,18 +576,64 @@ def _add_interpolate(parser: _Parser) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
+    from fastvae.data import Vocabulary
     from fastvae.training.text import sample_sentences
 
     model, vocabulary, _ = _load(arguments)
-    for sentence in sample_sentences(model, vocabulary, arguments.count, seed=arguments.seed, **_decoding(arguments)):
+    if not isinstance(vocabulary, Vocabulary):
+        return _sample_array(arguments)
+    _refuse(arguments, ("out",), "runs on images or vectors")
+    count = 10 if arguments.count is None else arguments.count
+    for sentence in sample_sentences(model, vocabulary, count, seed=arguments.seed, **_decoding(arguments)):
         print(sentence)
     return 0
 
 
+def _sample_array(arguments: argparse.Namespace) -> int:
+    from fastvae.training.array_models import ArrayModel
+
+    _refuse(arguments, tuple(_DECODING), "runs on text")
+    model = ArrayModel(*_load(arguments)[:2])
+    rows = model.sample(100 if arguments.count is None else arguments.count, arguments.seed)
+    return _write_rows(arguments, "samples", model, rows)
+
+
+def _write_rows(
+    arguments: argparse.Namespace, name: str, model: ArrayModel, rows: torch.Tensor, inputs: torch.Tensor | None = None
+) -> int:
+    """Write rows as an array, or as a picture with their inputs beside them."""
+    from pathlib import Path
+
+    import numpy as np
+    import torch
+
+    from fastvae.training.checkpoint import replace_atomically
+    from fastvae.training.pictures import plot_images
+
+    image = model.scaling.is_image
+    out = Path(arguments.out or Path(arguments.folder) / f"{name}.{'png' if image else 'npy'}")
+    if out.suffix == ".png" and image:
+        pairs = rows if inputs is None else torch.stack([inputs, rows.cpu()], 1).flatten(0, 1)
+        plot_images(pairs, model.scaling, out, columns=10 if inputs is None else 16, pairs=inputs is not None)
+    elif out.suffix == ".npy":
+        array = rows.cpu().numpy()
+        if image:  # channels last and, where there is but one, away: as they are read
+            array = array.transpose(0, 2, 3, 1).squeeze(3) if array.shape[1] == 1 else array.transpose(0, 2, 3, 1)
+        replace_atomically(out, lambda file: np.save(file, array))
+    else:
+        raise ValueError(f"--out must end with {'.png or .npy' if image else '.npy'}, got {out.name!r}")
+    print(f"written to {out}")
+    return 0
+
+
 def _reconstruct(arguments: argparse.Namespace) -> int:
+    from fastvae.data import Vocabulary
     from fastvae.training.text import reconstruct_sentences
 
     model, vocabulary, _ = _load(arguments)
+    if not isinstance(vocabulary, Vocabulary):
+        return _reconstruct_array(arguments)
+    _refuse(arguments, ("out", "count"), "runs on images or vectors")
     sentences = arguments.sentences or [line for line in map(str.strip, sys.stdin) if line]
     if not sentences:
         raise ValueError("there is no sentence: give some as arguments or on standard input")
@@ -420,10 +642,26 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _reconstruct_array(arguments: argparse.Namespace) -> int:
+    import torch
+
+    _refuse(arguments, tuple(_DECODING), "runs on text")
+    if len(arguments.sentences) > 1:
+        raise ValueError(f"a run on images or vectors takes one DATA, got {len(arguments.sentences)}")
+    if arguments.count is not None and arguments.count < 1:
+        raise ValueError(f"--count must be at least 1, got {arguments.count}")
+    model, samples, _, _ = _load_array(arguments, arguments.sentences[0] if arguments.sentences else None, None)
+    picture = model.scaling.is_image and not str(arguments.out).endswith(".npy")
+    count = min(arguments.count or (32 if picture else len(samples)), len(samples))
+    parts = [samples.read(slice(start, min(start + 256, count))) for start in range(0, count, 256)]
+    rows = torch.cat([model.reconstruct(part).cpu() for part in parts])
+    return _write_rows(arguments, "reconstructed", model, rows, torch.cat(parts))
+
+
 def _interpolate(arguments: argparse.Namespace) -> int:
     from fastvae.training.text import interpolate_sentences
 
-    model, vocabulary, _ = _load(arguments)
+    model, vocabulary = _load_text(arguments)
     for sentence in interpolate_sentences(
         model,
         vocabulary,
@@ -460,7 +698,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
     from fastvae.nn import export_onnx
 
-    model, vocabulary, _ = _load(arguments)
+    model, vocabulary = _load_text(arguments)
     folder = Path(arguments.out) if arguments.out else Path(arguments.folder) / "onnx"
     paths = export_onnx(model.decoder, folder)
     vocabulary.save(folder / "vocabulary.txt")
@@ -468,10 +706,20 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _load(arguments: argparse.Namespace) -> tuple[SentenceVAE, Vocabulary, dict[str, Any]]:
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     from fastvae.training.checkpoint import load_run
 
     return load_run(arguments.folder, which=arguments.checkpoint, device=_device(arguments))
+
+
+def _load_text(arguments: argparse.Namespace) -> tuple[SentenceVAE, Vocabulary]:
+    from fastvae.data import Vocabulary
+
+    model, vocabulary, config = _load(arguments)
+    if not isinstance(vocabulary, Vocabulary):
+        command, name = arguments.command, config["model"]
+        raise ValueError(f"{command} is for runs of sentence_vae, and {arguments.folder} is one of {name}")
+    return model, vocabulary
 
 
 def _device(arguments: argparse.Namespace) -> torch.device:
@@ -610,6 +858,7 @@ def _info(arguments: argparse.Namespace) -> int:
     lines.append(("threads", str(torch.get_num_threads())))
     cuda = torch.cuda.is_available()
     lines.append(("CUDA device", torch.cuda.get_device_name() if cuda else "none"))
+    lines.append(("FASTVAE_CACHE", os.environ.get("FASTVAE_CACHE") or "not set (downloads go to the user's cache)"))
     lines.append(("FASTVAE_DATA", os.environ.get("FASTVAE_DATA") or "not set (only needed for --data ptb)"))
     for name, value in lines:
         print(f"{name:<18}{value}")

@@ -107,6 +107,14 @@ def _networks(settings: dict[str, Any], shape: tuple[int, ...], levels: int) -> 
     return conv, decoder, conv.out_features
 
 
+def row_kind(scaling: Scaling) -> str:
+    """Say what the rows are: images of so many pixels, or vectors."""
+    if not scaling.is_image:
+        return f"vectors of {scaling.shape[0]} numbers"
+    channels, height, width = scaling.shape
+    return f"images of {width} x {height}" + (f" x {channels}" if channels > 1 else "")
+
+
 class ArrayModel:
     """Rows in, rows out, in the data's own units, whichever the model.
 
@@ -115,7 +123,7 @@ class ArrayModel:
     """
 
     def __init__(self, model: nn.Module, scaling: Scaling) -> None:
-        self.model = model
+        self.model: Any = model
         self.scaling = scaling
 
     @property

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvae.data import Scaling
-from fastvae.training.array_models import build_array_model, model_input, model_settings
+from fastvae.training.array_models import build_array_model, model_input, model_settings, row_kind
 from fastvae.training.config import ArrayConfig
 from fastvae.training.module import RunModule, row_sums
 
@@ -77,11 +77,3 @@ class ArrayModule(RunModule):
     def settings_of_model(self) -> dict[str, Any]:
         """Return what `build_array_model` needs."""
         return self.settings
-
-
-def row_kind(scaling: Scaling) -> str:
-    """Say what the rows are: images of so many pixels, or vectors."""
-    if not scaling.is_image:
-        return f"vectors of {scaling.shape[0]} numbers"
-    channels, height, width = scaling.shape
-    return f"images of {width} x {height}" + (f" x {channels}" if channels > 1 else "")

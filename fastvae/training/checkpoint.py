@@ -118,6 +118,7 @@ def load_run(
     """
     path = checkpoint_path(folder, which)
     checkpoint = read_checkpoint(path)
+    model: torch.nn.Module
     data: Vocabulary | Scaling
     if model_name(checkpoint["train_config"]) == "sentence_vae":
         model, data = _sentence_vae(Path(folder), path, checkpoint["model_config"])

@@ -171,11 +171,11 @@ def _scatter(axis: Any, points: NDArray[Any], labels: NDArray[Any] | None, names
         return
     from matplotlib import colormaps
 
-    colours = colormaps["tab10" if len(names) <= 10 else "tab20"].colors
+    colours = colormaps["tab10" if len(names) <= 10 else "tab20"](np.arange(len(names)))
     for label, name in enumerate(names):
         chosen = points[labels == label]
         if len(chosen):
-            axis.scatter(*chosen.T, s=size, color=colours[label], alpha=0.75, linewidths=0, label=name)
+            axis.scatter(*chosen.T, s=size, color=tuple(colours[label]), alpha=0.75, linewidths=0, label=name)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, markerscale=max(1.0, 3 - size / 10))
 
 

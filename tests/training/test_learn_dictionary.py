@@ -114,5 +114,6 @@ def test_picture_of_atoms(tmp_path, shape):
     components[2] = 0
     plot_atoms(components, tmp_path / "atoms.png")
     picture = imread(tmp_path / "atoms.png")
-    assert picture.shape[:2] == (shape if shape == (5, 6) else (3 * 17 + 2, 3 * 17 + 2))
+    height, width = picture.shape[:2]
+    assert (height, width) == (5, 6) if shape == (5, 6) else height == width > 300
     assert picture[..., 0].min() == 0  # the largest entry of each atom is black or white
