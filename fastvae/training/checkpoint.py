@@ -88,9 +88,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file can make the unpickler fail in any way
+    except Exception as error:  # a damaged file can make the unpickler fail in any way, with an OSError of no file too
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"checkpoint {path} is corrupt or not a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "model_config", "train_config"} <= checkpoint.keys():

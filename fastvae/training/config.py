@@ -188,6 +188,8 @@ class ArrayConfig(RunConfig):
     latent_dim: int = 16
     batch_size: int = 64
     epochs: int = 100
+    lr: float = 2e-3
+    lr_schedule: str = "cosine"
     checkpoint_every: int = 10_000
 
 

@@ -67,7 +67,7 @@ def draw_pictures(
 
 
 def plot_images(
-    images: Tensor, scaling: Scaling, path: str | Path, *, columns: int, pairs: bool = False, gap: bool = True
+    images: Tensor, scaling: Scaling, path: str | Path, *, columns: int, pairs: bool = False, space: int | None = None
 ) -> None:
     """Draw images beside each other, in the greys or colours between the smallest and the largest number of the data.
 
@@ -77,20 +77,20 @@ def plot_images(
         path: PNG to write.
         columns: images in a row.
         pairs: each two belong together, and stand closer.
-        gap: leave white between images.
+        space: white between images, in pixels; by default half as much as a pixel of theirs takes.
     """
     shown = ((images.cpu().float() - scaling.low) / (scaling.high - scaling.low or 1.0)).clamp(0, 1)
     tiles = shown.numpy().transpose(0, 2, 3, 1)
-    _save(_tiled(tiles, columns, pairs, gap), path)
+    _save(_tiled(tiles, columns, pairs, space), path)
 
 
-def _tiled(tiles: NDArray[Any], columns: int, pairs: bool = False, gap: bool = True) -> NDArray[Any]:
+def _tiled(tiles: NDArray[Any], columns: int, pairs: bool = False, space: int | None = None) -> NDArray[Any]:
     """Lay tiles (N, height, width, channels) in [0, 1] into one picture, a pixel of theirs as a square of pixels."""
     count, height, width, channels = tiles.shape
     columns = min(columns, count)
     lines = ceil(count / columns)
     scale = max(1, _WIDE // (columns * width))
-    space = max(2, scale // 2 + 1) if gap else 0
+    space = max(2, scale // 2 + 1) if space is None else space
     gaps = [space // 3 + 1 if pairs and column % 2 == 0 else space for column in range(columns)]
     lefts = space + np.cumsum([0, *(width * scale + gap for gap in gaps)])
     picture = np.ones((space + lines * (height * scale + space), int(lefts[-1]), channels))
@@ -107,7 +107,7 @@ def _save(picture: NDArray[Any], path: str | Path, low: float = 0.0) -> None:
 
     if picture.shape[2] != 3:
         picture = picture[..., :1].repeat(3, 2)
-    shown = ((picture - low) / (1 - low)).clip(0, 1)
+    shown = (255 * ((picture - low) / (1 - low)).clip(0, 1)).round().astype(np.uint8)
     replace_atomically(path, lambda file: imsave(cast(BinaryIO, file), shown, format="png"))
 
 
@@ -120,7 +120,7 @@ def plot_manifold(model: ArrayModel, path: str | Path) -> None:
     """
     steps = torch.special.ndtri((torch.arange(_SIDE) + 0.5) / _SIDE)
     z = torch.cartesian_prod(steps.flip(0), steps).flip(1)
-    plot_images(model.decode(z), model.scaling, path, columns=_SIDE, gap=False)
+    plot_images(model.decode(z), model.scaling, path, columns=_SIDE, space=1)
 
 
 # latent space
@@ -131,7 +131,7 @@ def plot_latent_map(model: ArrayModel, samples: Samples, path: str | Path) -> No
 
     Args:
         model: in evaluation mode.
-        samples: rows, of which some thousand are drawn, coloured by label where they have one.
+        samples: rows of the training part, of which some thousand are drawn, coloured by label where they have one.
         path: PNG to write.
     """
     rows = np.linspace(0, len(samples) - 1, min(_MAPPED, len(samples))).round().astype(int)
@@ -146,7 +146,7 @@ def plot_latent_map(model: ArrayModel, samples: Samples, path: str | Path) -> No
     points = codes.numpy()
     with figure_to(path, 1, 1, (7.5, 6.5)) as (axis,):
         _scatter(axis, points, None if samples.labels is None else samples.labels[rows], samples.label_names)
-        axis.set(xlabel=names[0], ylabel=names[1], title=f"{len(points):,} rows in the latent space")
+        axis.set(xlabel=names[0], ylabel=names[1], title=f"{len(points):,} training rows in the latent space")
         if codes.size(1) == 2 and len(names[0]) == 2:
             axis.set_aspect("equal", "datalim")
         axis.grid(alpha=0.3)

@@ -57,6 +57,7 @@ _CHANGEABLE = frozenset(
         "checkpoint_every",
     )
 )
+TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 _QUIET = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 
 
@@ -234,7 +235,7 @@ def _trainer(config: RunConfig, module: RunModule, checkpoints: RunCheckpoints, 
     if config.patience:
         callbacks.append(EarlyStopping(module.monitor, patience=config.patience, mode="min"))
     loggers: list[Logger] = [MetricsFile(folder / "metrics.csv", resume_step, module.terms)]
-    if importlib.util.find_spec("tensorboard"):
+    if TENSORBOARD:
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
     try:
         return Trainer(
