@@ -112,12 +112,12 @@ class ArrayEvaluation(VAEFigures):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoEncoderEvaluation(Figures):
-    """Figures of an auto-encoder, means over rows that it reads uncorrupted.
+    """Figures of an auto-encoder.
 
     Args:
-        error: what training minimises, where a denoising auto-encoder reads corrupted rows: 1/2 |x - reconstruction|^2,
-            or the Bernoulli NLL in nats; of the scaled numbers.
-        squared_error: of a number of the data, in their own units.
+        error: what training minimises, mean over the rows: 1/2 |x - reconstruction|^2, or the Bernoulli NLL in nats; of
+            the scaled numbers. A denoising auto-encoder reads the rows corrupted for it, and as they are for the rest.
+        squared_error: mean over all numbers, in their own units.
         explained: 1 - |x - reconstruction|^2 / |x - mean|^2, sums over all rows.
         latent_dim: size of the code. rows: how many were evaluated.
     """
