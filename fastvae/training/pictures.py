@@ -18,7 +18,8 @@ from fastvae.training.array_models import ArrayModel
 from fastvae.training.checkpoint import replace_atomically
 from fastvae.training.curves import figure_to
 
-_WIDE = 900  # pixels that a grid of images may take, about
+_WIDE = 900  # pixels that a grid of small images takes, about
+_LARGEST = 4000  # and one of large images at most, where they are not larger still
 _MAPPED = 5000  # rows in a latent map, at most
 _SIDE = 20  # images in a row of a manifold
 _ATOMS = 144
@@ -72,13 +73,16 @@ def plot_images(
     """Draw images beside each other, in the greys or colours between the smallest and the largest number of the data.
 
     Args:
-        images: (N, channels, height, width), unscaled.
+        images: (N, channels, height, width), unscaled; large ones are drawn in part, the first of them.
         scaling: of the data.
         path: PNG to write.
         columns: images in a row.
         pairs: each two belong together, and stand closer.
         space: white between images, in pixels; by default half as much as a pixel of theirs takes.
     """
+    height, width = images.shape[2:]
+    columns = min(columns, max(1, _LARGEST // width // 2) * 2)
+    images = images[: columns * max(1, _LARGEST // height)]
     shown = ((images.cpu().float() - scaling.low) / (scaling.high - scaling.low or 1.0)).clamp(0, 1)
     tiles = shown.numpy().transpose(0, 2, 3, 1)
     _save(_tiled(tiles, columns, pairs, space), path)
