@@ -33,6 +33,7 @@ NETWORK = {"hidden": (12,)}
 @pytest.fixture(autouse=True)
 def _quick(request, monkeypatch):
     """Leave out what takes longer than a run, but where a test asks for it."""
+    monkeypatch.setattr("fastvae.training.checkpoint.os.fsync", lambda descriptor: None)
     if "tensorboard" not in request.fixturenames:
         monkeypatch.setattr("fastvae.training.run.TENSORBOARD", False)
         monkeypatch.setattr("fastvae.training.run.plot_curves", lambda *args, **options: None)
@@ -153,7 +154,7 @@ def test_categorical_likelihood(settings, tmp_path):
 
 
 def test_vectors_are_standardised_and_given_back_in_their_units(settings, pictures, vectors):
-    config = settings(data=str(vectors), epochs=20, latent_dim=2, lr=1e-2)
+    config = settings(data=str(vectors), epochs=12, latent_dim=2, lr=2e-2)
     train(config)
     model, samples = loaded(config)
     assert (model.scaling.kind, model.model.likelihood) == ("standard", "gaussian")
@@ -168,7 +169,7 @@ def test_vectors_are_standardised_and_given_back_in_their_units(settings, pictur
 
 
 def test_linear_autoencoder_finds_the_plane(settings, vectors):
-    config = settings("linear_autoencoder", data=str(vectors), latent_dim=2, epochs=60, batch_size=30, lr=5e-2)
+    config = settings("linear_autoencoder", data=str(vectors), latent_dim=2, epochs=20, lr=5e-2)
     train(config)
     model, _ = loaded(config)
     x = model.scaling.apply(every(load_array(vectors)))
