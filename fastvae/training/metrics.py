@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fastvae import functional
-from fastvae.functional import gaussian_kl, scale_tril
 from fastvae.models.evidence import evaluating
 from fastvae.training.checkpoint import replace_atomically
 
@@ -320,8 +319,8 @@ def evaluate_array(
                 iw_nll += float(bound.double().sum())
             rows += len(x)
             diagonal = len(spread) == 1
-            log_var = spread[0] if diagonal else scale_tril(*spread).square().sum(-1).log()
-            kl_per_dimension += gaussian_kl(mean, log_var, reduction="none").double().sum(0)
+            log_var = spread[0] if diagonal else functional.scale_tril(*spread).square().sum(-1).log()
+            kl_per_dimension += functional.gaussian_kl(mean, log_var, reduction="none").double().sum(0)
             moments.update(mean)
             posteriors.update(mean, log_var)
     if not rows:
