@@ -10,7 +10,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*)
 CPP_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/csrc/*.cpp tests/csrc/*.h)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test slow sanitize bench format clean
+.PHONY: demo test slow sanitize bench docs format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -32,7 +32,11 @@ sanitize: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench
-	$(BIN)/python -m bench.tables --write README.md
+	$(BIN)/python -m bench.tables --write README.md docs/move-your-vae.md
+
+# The site, in build/docs; a warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -E -c docs . build/docs
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -52,6 +56,10 @@ $(VENV)/.torch:
 $(VENV)/.train: $(VENV)/.torch $(BUILD_INPUTS)
 	$(BIN)/python -m pip install --quiet -e '.[train]'
 	touch $@
+
+$(VENV)/.docs: $(VENV)/.torch $(BUILD_INPUTS)
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $@ $(VENV)/.train
 
 # Everything the demo needs is in here too.
 $(VENV)/.dev: $(VENV)/.torch $(BUILD_INPUTS)

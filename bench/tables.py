@@ -1,9 +1,10 @@
-"""Markdown tables from the result files: ``python -m bench.tables --write README.md`` renews those there."""
+"""Markdown tables from the result files: ``python -m bench.tables --write FILE ...`` renews those of documents."""
 
 import argparse
 import csv
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -77,6 +78,12 @@ def _summary(rows: list[Row], title: str) -> str:
             f"| {best} | {_memory(ours)}, {_memory(eager)} |"
         )
     return "\n".join(lines)
+
+
+def vae_summary(rows: list[Row]) -> str:
+    """Return the table of moving a VAE: training steps, whole and in parts; nothing where none were measured."""
+    shown = [row for row in rows if row["family"] == "vae" and row["direction"] == "forward+backward"]
+    return f"{_summary(shown, 'training step, float32')}\n\n{_machine(shown)}" if shown else ""
 
 
 def sparse_summary(rows: list[Row]) -> str:
@@ -168,11 +175,24 @@ def penn_treebank(path: Path = PTB) -> str:
 
 
 def renewed(text: str, folder: Path = RESULTS) -> str:
-    """Put the tables of the result files between the markers of a document."""
-    text = replace(text, "bench", training_summary(read(folder)))
-    text = replace(text, "inference", inference_summary(read(folder)))
-    text = replace(text, "sparse", sparse_summary(read(folder)))
-    return replace(text, "ptb", penn_treebank(folder / PTB.name))
+    """Put the tables of the result files between the markers of a document.
+
+    Raises:
+        ValueError: a marker has no end, comes twice, or names no table.
+    """
+    rows = read(folder)
+    tables = {
+        "bench": lambda: training_summary(rows),
+        "inference": lambda: inference_summary(rows),
+        "sparse": lambda: sparse_summary(rows),
+        "vae": lambda: vae_summary(rows),
+        "ptb": lambda: penn_treebank(folder / PTB.name),
+    }
+    for name in re.findall(r"<!-- (\w+): begin -->", text):
+        if name not in tables:
+            raise ValueError(f"expected one of the tables {', '.join(tables)}, got <!-- {name}: begin -->")
+        text = replace(text, name, tables[name]())
+    return text
 
 
 def replace(text: str, name: str, table: str) -> str:
@@ -191,11 +211,11 @@ def replace(text: str, name: str, table: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__)
-    parser.add_argument("--write", type=Path, metavar="FILE", help="renew the tables between the markers of FILE")
+    parser.add_argument("--write", type=Path, nargs="+", metavar="FILE", help="renew the tables between their markers")
     arguments = parser.parse_args()
-    if arguments.write:
-        arguments.write.write_text(renewed(arguments.write.read_text()))
-    else:
+    for path in arguments.write or ():
+        path.write_text(renewed(path.read_text()))
+    if not arguments.write:
         print(training_summary(read()), inference_summary(read()), penn_treebank(), sep="\n\n")
     return 0
 

@@ -82,7 +82,7 @@ class Api(SphinxDirective):
     required_arguments = 1
     option_spec = {"families": directives.flag}  # noqa: RUF012
 
-    def run(self) -> list[nodes.Node]:
+    def run(self) -> list[nodes.Node]:  # noqa: D102
         name = self.arguments[0]
         module = importlib.import_module(name)
 
@@ -106,7 +106,7 @@ class Api(SphinxDirective):
 class Commands(SphinxDirective):
     """The help of the command and of each of its own."""
 
-    def run(self) -> list[nodes.Node]:
+    def run(self) -> list[nodes.Node]:  # noqa: D102
         parser, commands = cli._parsers()
         lines = ["```text", parser.format_help(), "```"]
         for name, command in commands.items():
@@ -133,7 +133,7 @@ def as_written(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines:
         text.append(line if formula else re.sub(r"(`+[^`]*`+)|([|*]|_(?![\w:]))", _escaped, line))
         if line == "Returns:":
             text.append(r"    \ ")  # nothing, so that words before a colon are not taken for a type
-        last = line.strip() and line or last
+        last = line if line.strip() else last
     lines[:] = text
 
 

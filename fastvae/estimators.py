@@ -391,8 +391,8 @@ class DictionaryLearning(_DictionaryLearning):
         max_iter: most iterations, each a pass over all samples.
         tol: stop when an iteration lowers the objective by less than this part of it.
         fit_algorithm: "lars" or "cd": names of scikit-learn's for one solver here.
-        transform_algorithm, transform_n_nonzero_coefs, transform_alpha, split_sign, n_jobs, positive_code,
-            transform_max_iter, transform_tol, device: as for :class:`SparseCoder`; `transform_alpha` None is `alpha`.
+        transform_algorithm, transform_n_nonzero_coefs, transform_max_iter, transform_tol: as for :class:`SparseCoder`.
+        transform_alpha, split_sign, n_jobs, positive_code, device: likewise, but `transform_alpha` None is `alpha`.
         code_init: codes to begin with, (n_samples, n_components).
         dict_init: dictionary to begin with, (n_components, n_features); None takes random samples.
         callback: called every five iterations with a dict of step, cost and dictionary.
@@ -527,8 +527,8 @@ class MiniBatchDictionaryLearning(_DictionaryLearning):
         shuffle: take the samples in random order; a memory-mapped array's batches, each contiguous.
         dict_init, verbose, positive_dict, constraint: as for :class:`DictionaryLearning`.
         random_state: seed of the first dictionary and of the order.
-        transform_algorithm, transform_n_nonzero_coefs, transform_alpha, split_sign, n_jobs, positive_code,
-            transform_max_iter, transform_tol, device: as for :class:`SparseCoder`; `transform_alpha` None is `alpha`.
+        transform_algorithm, transform_n_nonzero_coefs, transform_max_iter, transform_tol: as for :class:`SparseCoder`.
+        transform_alpha, split_sign, n_jobs, positive_code, device: likewise, but `transform_alpha` None is `alpha`.
         callback: called after each batch with a dict of step, cost and dictionary.
         tol: stop when a batch moves the dictionary by less: Frobenius norm over number of atoms; 0 never stops.
         max_no_improvement: stop after so many batches without a lower smoothed objective; None never stops.

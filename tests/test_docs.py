@@ -1,18 +1,24 @@
 """What the documents show works: their Python runs, their commands exist, their figures are the measured ones."""
 
+import contextlib
+import importlib.util
+import io
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from bench import tables
 from fastvae import cli
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+SITE = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *SITE)
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -30,10 +36,9 @@ def commands(document: str) -> list[list[str]]:
     return [parts for line in lines if (parts := shlex.split(line, comments=True))]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if blocks(document, "python")])
 def test_python_runs(document: str, tmp_path: Path) -> None:
     found = blocks(document, "python")
-    assert found
     # One process for a document, as a reader would go on from block to block, and none of this one's state.
     finished = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", "\n".join(found)],
@@ -46,9 +51,12 @@ def test_python_runs(document: str, tmp_path: Path) -> None:
 
 def test_no_python_hides_in_another_kind_of_block() -> None:
     for document in DOCUMENTS:
-        kinds = re.findall(r"^```(\w*)$", (ROOT / document).read_text(), re.M)
-        assert set(kinds[::2]) <= {"python", "sh"}, document
-        assert set(kinds[1::2]) == {""}, document
+        fences = re.findall(r"^ *```(.*)$", (ROOT / document).read_text(), re.M)
+        opened = {kind.split()[0] for kind in fences[::2]}
+        assert opened <= (
+            {"python", "sh", "text", "{api}", "{commands}", "{eval-rst}"} if document in SITE else {"python", "sh"}
+        )
+        assert set(fences[1::2]) <= {""}, document
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -82,11 +90,71 @@ def test_make_targets_and_modules_exist(document: str) -> None:
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, "CHANGELOG.md"])
 def test_links_lead_somewhere(document: str) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text()):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
 
 
-def test_measured_figures_are_those_of_the_result_files() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert tables.renewed(text) == text, "run: python -m bench.tables --write README.md"
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_measured_figures_are_those_of_the_result_files(document: str) -> None:
+    text = (ROOT / document).read_text()
+    assert tables.renewed(text) == text, f"run: python -m bench.tables --write {document}"
+
+
+def test_the_report_is_that_of_the_result_files() -> None:
     assert (tables.RESULTS / "README.md").read_text() == tables.report(tables.read())
+
+
+def test_every_document_with_figures_is_renewed_by_make_bench() -> None:
+    renewed = re.search(r"bench.tables --write (.*)", (ROOT / "Makefile").read_text())[1].split()
+    assert set(renewed) == {document for document in DOCUMENTS if ": begin -->" in (ROOT / document).read_text()}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sphinx") is None, reason="needs the extra of `make docs`")
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = re.search(r"python (-m sphinx .*) build/docs$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    finished = subprocess.run(
+        [sys.executable, *command, "-d", tmp_path / "doctrees", tmp_path / "site"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "site" / "index.html").exists()
+    functions = (tmp_path / "site" / "docs" / "api" / "functional.html").read_text()
+    assert 'id="fastvae.functional.gaussian_sample_kl"' in functions
+    assert "fastvae train" in (tmp_path / "site" / "docs" / "command.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def page() -> dict[str, Any]:
+    """What `docs/move-your-vae.md` defines: the usual VAE, with the noise of fastvae's stream, and the fused one."""
+    names: dict[str, Any] = {"__name__": "page"}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec("\n".join(blocks("docs/move-your-vae.md", "python")), names)
+    return names
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_moving_a_vae_changes_no_number(page: dict[str, Any], dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    data = 0.8 * torch.rand(784, dtype=dtype).round() + 0.2 * torch.rand(20, 33, 784, dtype=dtype)
+    usual, fused = page["UsualVAE"]().to(dtype), page["FusedVAE"]().to(dtype)
+    fused.load_state_dict(usual.state_dict())
+    optimizers = [torch.optim.Adam(model.parameters(), lr=1e-3) for model in (usual, fused)]
+    losses = []
+    for step, x in enumerate(data):
+        losses.append([])
+        for model, optimizer in zip((usual, fused), optimizers, strict=True):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            losses[-1].append(model.loss(x))
+            losses[-1][-1].backward()
+            optimizer.step()
+        torch.testing.assert_close(losses[-1][1], losses[-1][0], rtol=tolerance, atol=0)
+        for (name, ours), theirs in zip(fused.named_parameters(), usual.parameters(), strict=True):
+            scale = theirs.grad.abs().max().item()
+            torch.testing.assert_close(
+                ours.grad, theirs.grad, rtol=0, atol=tolerance * scale, msg=lambda m, name=name: f"{name}: {m}"
+            )
+    assert losses[-1][0] < 0.8 * losses[0][0]  # they did learn

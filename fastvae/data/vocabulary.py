@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>")
+"""The tokens with the indices 0 to 3."""
 
 
 class Vocabulary:

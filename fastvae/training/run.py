@@ -119,7 +119,7 @@ def train(
     Raises:
         FileExistsError: the folder holds a run, and neither `resume` nor `overwrite` is set.
         FileNotFoundError, ValueError: nothing to resume, settings that do not fit the run, missing or
-        unusable data.
+            unusable data.
         NonFiniteLossError: the loss became NaN or infinite.
         OSError: a file could not be written.
     """

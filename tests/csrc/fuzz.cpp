@@ -367,9 +367,6 @@ void fuzz_likelihood(Case &c) {
     results.push_back({"grad_target", std::move(grad_target), true, tolerance});
     results.push_back({"grad_log_var", std::move(grad_log_var), true, full ? tolerance : 1e-3});
   });
-});
-}
-
 }
 
 void fuzz_full_gaussian(Case &c) {
