@@ -188,11 +188,16 @@ def renewed(text: str, folder: Path = RESULTS) -> str:
         "vae": lambda: vae_summary(rows),
         "ptb": lambda: penn_treebank(folder / PTB.name),
     }
-    for name in re.findall(r"<!-- (\w+): begin -->", text):
+    for name in marked(text):
         if name not in tables:
             raise ValueError(f"expected one of the tables {', '.join(tables)}, got <!-- {name}: begin -->")
         text = replace(text, name, tables[name]())
     return text
+
+
+def marked(text: str) -> list[str]:
+    """Return the names of the tables that a document has."""
+    return re.findall(r"^<!-- (\w+): begin -->$", text, re.M)
 
 
 def replace(text: str, name: str, table: str) -> str:

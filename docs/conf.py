@@ -7,10 +7,7 @@ import re
 from itertools import groupby
 from typing import Any
 
-from docutils import nodes
-from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
 
 import fastvae
 from fastvae import cli
@@ -76,48 +73,42 @@ CHANGELOG
 """
 
 
-class Api(SphinxDirective):
-    """The public names of a module from their docstrings; with ``:families:`` each under the module that has it."""
+def api(module: str, families: bool) -> str:
+    """Return the public names of a module, from their docstrings; in families, each under the module that has it."""
+    names = importlib.import_module(module)
 
-    required_arguments = 1
-    option_spec = {"families": directives.flag}  # noqa: RUF012
+    def home(name: str) -> str:
+        return getattr(names, name).__module__ if families else module
 
-    def run(self) -> list[nodes.Node]:  # noqa: D102
-        name = self.arguments[0]
-        module = importlib.import_module(name)
-
-        def home(member: str) -> str:
-            return getattr(module, member).__module__ if "families" in self.options else name
-
-        lines = []
-        for source, members in groupby(sorted(module.__all__, key=lambda m: (home(m), m)), home):
-            if source != name:
-                lines += [f"## {source.rpartition('.')[2]}"]
-            lines += ["```{eval-rst}", f".. automodule:: {source}", ""]
-            for member in members:
-                value = getattr(module, member)
-                kind = "class" if inspect.isclass(value) else "function" if callable(value) else "data"
-                lines += [f".. auto{kind}:: {name}.{member}"]
-                lines += ["   :members:", "   :inherited-members:"] * (kind == "class")
-            lines += ["```"]
-        return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
+    lines = []
+    for source, members in groupby(sorted(names.__all__, key=lambda name: (home(name), name)), home):
+        lines += [f"## {source.rpartition('.')[2]}"] * families
+        lines += ["```{eval-rst}", f".. automodule:: {source}"]
+        for name in members:
+            value = getattr(names, name)
+            public = ".".join(getattr(value, "__module__", module).split(".")[:2])
+            if not families and public != module:
+                lines += ["", f"Also here: :class:`{public}.{name}`.", ""]
+                continue
+            kind = "class" if inspect.isclass(value) else "function" if callable(value) else "data"
+            lines += ["", f".. auto{kind}:: {module}.{name}"]
+            lines += ["   :members:", "   :inherited-members:"] * (kind == "class")
+        lines += ["```"]
+    return "\n".join(lines)
 
 
-class Commands(SphinxDirective):
-    """The help of the command and of each of its own."""
-
-    def run(self) -> list[nodes.Node]:  # noqa: D102
-        parser, commands = cli._parsers()
-        lines = ["```text", parser.format_help(), "```"]
-        for name, command in commands.items():
-            lines += [f"## {name}", "```text", command.format_help(), "```"]
-        return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
+def commands() -> str:
+    """Return the help of the command and of each of its own."""
+    parser, commands = cli._parsers()
+    named = [("", parser), *((f"## {name}\n", command) for name, command in commands.items())]
+    return "\n".join(f"{heading}```text\n{command.format_help()}\n```" for heading, command in named)
 
 
-def add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Hang the contents on the README, which shows none where it is read as a file."""
-    if docname == root_doc:
-        source[0] += CONTENTS
+def expand(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Put the reference where a page asks for it, and hang the contents on the README, which shows none as a file."""
+    text = source[0] + CONTENTS if docname == root_doc else source[0]
+    text = re.sub(r"^```\{api\} (\S+)( families)?\n```$", lambda m: api(m[1], bool(m[2])), text, flags=re.M)
+    source[0] = re.sub(r"^```\{commands\}\n```$", lambda _: commands(), text, flags=re.M)
 
 
 def as_written(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -156,8 +147,6 @@ def without_machinery(app: Sphinx, what: str, name: str, obj: Any, skip: bool, o
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     os.environ["COLUMNS"] = "100"  # the width of --help
-    app.add_directive("api", Api)
-    app.add_directive("commands", Commands)
-    app.connect("source-read", add_contents)
+    app.connect("source-read", expand)
     app.connect("autodoc-process-docstring", as_written, priority=400)  # before napoleon reads the sections
     app.connect("autodoc-skip-member", without_machinery)

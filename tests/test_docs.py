@@ -107,7 +107,7 @@ def test_the_report_is_that_of_the_result_files() -> None:
 
 def test_every_document_with_figures_is_renewed_by_make_bench() -> None:
     renewed = re.search(r"bench.tables --write (.*)", (ROOT / "Makefile").read_text())[1].split()
-    assert set(renewed) == {document for document in DOCUMENTS if ": begin -->" in (ROOT / document).read_text()}
+    assert set(renewed) == {document for document in DOCUMENTS if tables.marked((ROOT / document).read_text())}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sphinx") is None, reason="needs the extra of `make docs`")
@@ -158,3 +158,24 @@ def test_moving_a_vae_changes_no_number(page: dict[str, Any], dtype: torch.dtype
                 ours.grad, theirs.grad, rtol=0, atol=tolerance * scale, msg=lambda m, name=name: f"{name}: {m}"
             )
     assert losses[-1][0] < 0.8 * losses[0][0]  # they did learn
+
+
+def test_the_model_of_the_page_has_the_same_loss_and_gradients(page: dict[str, Any]) -> None:
+    fused, model, x = page["fused"], page["model"], page["x"]
+    gradients = []
+    for loss in (fused.loss, lambda x: len(x) * model(x).loss):
+        fused.zero_grad()
+        model.zero_grad()
+        torch.manual_seed(1)
+        total = loss(x)
+        total.backward()
+        head = [model.head.linear.weight.grad, model.head.linear.bias.grad]
+        if head[0] is None:
+            head = [
+                torch.cat([getattr(layer, name).grad for layer in (fused.mean, fused.log_var)])
+                for name in ("weight", "bias")
+            ]
+        shared = [p.grad.clone() for part in (fused.encoder, fused.decoder) for p in part.parameters()]
+        gradients.append([total.detach(), *head, *shared])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())

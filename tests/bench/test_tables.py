@@ -82,6 +82,16 @@ def test_a_table_is_renewed_between_its_markers() -> None:
             tables.replace(wrong, "x", "new")
 
 
+def test_a_document_has_the_tables_that_it_marks(folder: Path) -> None:
+    text = "`<!-- name: begin -->` within a line\n<!-- {0}: begin -->\nold\n<!-- {0}: end -->\n"
+    assert tables.marked(text.format("vae")) == ["vae"]
+    assert tables.renewed(text.format("vae"), folder) == text.format("vae").replace("old", "")  # none measured
+    table = tables.training_summary(tables.read(folder))
+    assert tables.renewed(text.format("bench"), folder) == text.format("bench").replace("old", table)
+    with pytest.raises(ValueError, match="unknown"):
+        tables.renewed("<!-- unknown: begin -->\n<!-- unknown: end -->\n", folder)
+
+
 def test_penn_treebank_is_read_from_the_evaluation(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     figures = {"neg_elbo": 110.126, "nll": 104.0, "kl": 6.126, "iw_nll": 108.5, "iw_samples": 100, "ppl": 120.04}
