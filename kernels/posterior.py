@@ -61,7 +61,8 @@ def backward(
     (rows, latent), components = z.shape, mean.shape[0]
     points, *mixture, inside = _dimensions_first(z, mean, log_var)
     grad_points = torch.zeros_like(points)
-    grad_mean, grad_square = torch.zeros((2, latent, components), dtype=torch.float32, device=z.device)
+    # Not two views of one tensor: the second's alignment would change with the sizes, and the kernel compile again.
+    grad_mean, grad_square = (torch.zeros((latent, components), dtype=torch.float32, device=z.device) for _ in range(2))
     weights = torch.zeros(components, dtype=torch.float32, device=z.device)
     if rows and components:
         log_sum = log_density.contiguous() + math.log(components)

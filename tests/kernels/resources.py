@@ -291,7 +291,6 @@ _CASES: dict[str, Callable[[_Sizes], None]] = {
     "importance-weighted, float32, latent 20": lambda n: _importance(n, torch.float32, 20),
     "importance-weighted, bfloat16, latent 50": lambda n: _importance(n, torch.bfloat16, 50),
     "mixture, latent 32": lambda n: _mixture(n, 32),
-    "mixture, latent 33": lambda n: _mixture(n, 33),
     "logits in float32": lambda n: _cross_entropy(n, torch.float32),
     "logits in TF32": lambda n: _tf32(_cross_entropy, n),
     "logits in bfloat16": lambda n: _cross_entropy(n, torch.bfloat16),
