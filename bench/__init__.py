@@ -14,6 +14,7 @@ FAMILIES = (
     "vae",
     "categorical",
     "corruption",
+    "mixture",
     "cross_entropy",
     "lstm",
     "gru",

@@ -23,6 +23,7 @@ _TITLES = {
     "likelihood": "Likelihood",
     "categorical": "Gumbel-softmax + KL",
     "corruption": "Corrupted inputs",
+    "mixture": "Mixture prior",
     "cross_entropy": "Linear + cross-entropy",
     "lstm": "LSTM",
     "gru": "GRU",

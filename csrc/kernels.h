@@ -355,6 +355,31 @@ struct RowsProduct {
   int64_t threads;
 };
 
+// A mixture prior of `components` for each of `variables` latent variables. mean and log_var: (batch, variables,
+// latent) of float, or double; logits: (batch, variables, components); component_mean, component_log_var: (variables,
+// components, latent). With `categorical`, mean and component_log_var hold logits of `latent` classes, and log_var and
+// component_mean are null. Gradients are as what they belong to.
+struct MixturePrior {
+  bool is_double, categorical;
+  const void *mean, *log_var, *logits, *component_mean, *component_log_var;
+  int64_t batch, variables, components, latent;
+  void *memory;     // scratch: mixture_prior_workspace numbers for each of
+  int64_t threads;  // at most
+};
+inline int64_t mixture_prior_workspace(int64_t components, int64_t latent) {
+  return 3 * (32 * (components + latent) + components * latent) + 16;
+}
+struct MixturePriorTerms {
+  void *kl, *dispersion;                    // (batch)
+  void *aggregate_kl, *mutual_information;  // (variables)
+  void *aggregate;                          // (variables, components): the mean of q(c|x)
+  void *parts;                              // scratch, (2, variables, batch)
+};
+struct MixturePriorGradients {
+  const void *grad_kl, *grad_dispersion, *grad_aggregate_kl, *grad_mutual_information, *aggregate;
+  void *grad_mean, *grad_log_var, *grad_logits, *grad_component_mean, *grad_component_log_var;
+};
+
 struct Kernels {
   const char *isa;
   void (*gaussian_forward)(const Gaussian &, const GaussianOutputs &);
@@ -374,6 +399,8 @@ struct Kernels {
   void (*mixture_forward)(const Mixture &);
   void (*mixture_backward)(const Mixture &);
   int64_t (*mixture_workspace)(const Mixture &, bool backward);  // bytes
+  void (*mixture_prior_forward)(const MixturePrior &, const MixturePriorTerms &);
+  void (*mixture_prior_backward)(const MixturePrior &, const MixturePriorGradients &);
   int64_t (*cross_entropy)(const CrossEntropy &);  // rows that have a target, or -1 - element of one out of range
   int64_t (*cross_entropy_workspace)(const CrossEntropy &);  // bytes
   int64_t (*pack_words)(const WordPacking &);

@@ -237,6 +237,34 @@ PYBIND11_MODULE(_C, m) {
       },
       release);
 
+  m.def("mixture_prior_workspace", mixture_prior_workspace);
+  m.def(
+      "mixture_prior_forward",
+      [](bool is_double, bool categorical, Address mean, Address log_var, Address logits, Address component_mean,
+         Address component_log_var, int64_t batch, int64_t variables, int64_t components, int64_t latent,
+         Address memory, int64_t threads, Address kl, Address dispersion, Address aggregate_kl,
+         Address mutual_information, Address aggregate, Address parts) {
+        kernels().mixture_prior_forward(
+            {is_double, categorical, at(mean), at(log_var), at(logits), at(component_mean), at(component_log_var),
+             batch, variables, components, latent, at(memory), threads},
+            {at(kl), at(dispersion), at(aggregate_kl), at(mutual_information), at(aggregate), at(parts)});
+      },
+      release);
+  m.def(
+      "mixture_prior_backward",
+      [](bool is_double, bool categorical, Address mean, Address log_var, Address logits, Address component_mean,
+         Address component_log_var, int64_t batch, int64_t variables, int64_t components, int64_t latent,
+         Address memory, int64_t threads, Address grad_kl, Address grad_dispersion, Address grad_aggregate_kl,
+         Address grad_mutual_information, Address aggregate, Address grad_mean, Address grad_log_var,
+         Address grad_logits, Address grad_component_mean, Address grad_component_log_var) {
+        kernels().mixture_prior_backward(
+            {is_double, categorical, at(mean), at(log_var), at(logits), at(component_mean), at(component_log_var),
+             batch, variables, components, latent, at(memory), threads},
+            {at(grad_kl), at(grad_dispersion), at(grad_aggregate_kl), at(grad_mutual_information), at(aggregate),
+             at(grad_mean), at(grad_log_var), at(grad_logits), at(grad_component_mean), at(grad_component_log_var)});
+      },
+      release);
+
   // The scratch comes from the caller, who asks with `workspace` how much it takes.
   m.def(
       "cross_entropy",

@@ -23,6 +23,8 @@ void categorical_forward(const Categorical &, const CategoricalOutputs &);
 void categorical_backward(const Categorical &, const CategoricalGradients &);
 int64_t categorical_workspace(DType dtype, int64_t classes);
 void corrupt(const Corruption &);
+void mixture_prior_forward(const MixturePrior &, const MixturePriorTerms &);
+void mixture_prior_backward(const MixturePrior &, const MixturePriorGradients &);
 int64_t cross_entropy(const CrossEntropy &);
 int64_t cross_entropy_workspace(const CrossEntropy &);
 int64_t pack_words(const WordPacking &);
@@ -62,6 +64,8 @@ const Kernels table = {
     mixture_forward,
     mixture_backward,
     mixture_workspace,
+    mixture_prior_forward,
+    mixture_prior_backward,
     cross_entropy,
     cross_entropy_workspace,
     pack_words,

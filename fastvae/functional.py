@@ -12,6 +12,7 @@ from fastvae.ops.importance import gaussian_sample_log_ratio, importance_weighte
 from fastvae.ops.layer_norm_lstm import layer_norm_lstm, layer_norm_lstm_decode
 from fastvae.ops.likelihood import bernoulli_nll, gaussian_nll
 from fastvae.ops.lstm import lstm, lstm_decode
+from fastvae.ops.mixture import categorical_mixture_kl, mixture_kl
 from fastvae.ops.posterior import mixture_log_density, mutual_information
 from fastvae.ops.sparse import (
     duality_gap,
@@ -30,6 +31,7 @@ __all__ = [
     "bag_of_words_loss",
     "bernoulli_nll",
     "categorical_kl",
+    "categorical_mixture_kl",
     "corrupt",
     "corrupted_linear",
     "dictionary_update",
@@ -54,6 +56,7 @@ __all__ = [
     "linear_cross_entropy",
     "lstm",
     "lstm_decode",
+    "mixture_kl",
     "mixture_log_density",
     "mutual_information",
     "scale_tril",

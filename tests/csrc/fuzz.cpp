@@ -40,7 +40,7 @@ extern const Kernels table;
 namespace {
 
 // A new entry point needs a case here.
-static_assert(sizeof(Kernels) == 36 * sizeof(void *), "an entry point that is not fuzzed");
+static_assert(sizeof(Kernels) == 38 * sizeof(void *), "an entry point that is not fuzzed");
 
 // ------------------------------------------------------------------------------------------- the case at hand
 std::string current;  // what to do to see this case alone, and its sizes
@@ -529,6 +529,44 @@ void fuzz_mixture(Case &c) {
     results.push_back({"grad_z", std::move(grad_z), false, tolerance});
     results.push_back({"grad_mean", std::move(grad_mean), true, tolerance});
     results.push_back({"grad_log_var", std::move(grad_log_var), true, tolerance});
+  });
+}
+
+void fuzz_mixture_prior(Case &c) {
+  Random &r = c.random;
+  const Kind kind = r.one_in(2) ? kF64 : kF32;
+  const bool categorical = r.one_in(2);
+  const int64_t batch = 1 + r.size(200), variables = 1 + r.size(12), components = 1 + r.size(9), latent = 1 + r.size(9);
+  c.describe("dtype categorical batch variables components latent", kind, categorical, batch, variables, components,
+             latent);
+  const int64_t z = batch * variables * latent, q = batch * variables * components, p = variables * components * latent;
+  const Array mean = c.reals(kind, z, -3, 3), log_var = c.reals(kind, categorical ? 0 : z, -4, 2);
+  const Array logits = c.reals(kind, q, -3, 3), component_mean = c.reals(kind, categorical ? 0 : p, -2, 2);
+  const Array component_log_var = c.reals(kind, p, -2, 2);
+  const Array grad_kl = c.reals(kind, batch, -1, 1), grad_dispersion = c.reals(kind, batch, -1, 1);
+  const Array grad_aggregate = c.reals(kind, variables, -1, 1), grad_information = c.reals(kind, variables, -1, 1);
+  c.run([&](const Kernels &k, int threads, Results &results) {
+    const Array memory(kind, threads * mixture_prior_workspace(components, latent));
+    const MixturePrior mixture{
+        kind == kF64, categorical, mean,       log_var, logits, component_mean, component_log_var,
+        batch,        variables,   components, latent,  memory, threads};
+    Array kl(kind, batch), dispersion(kind, batch), aggregate_kl(kind, variables), information(kind, variables);
+    Array aggregate(kind, variables * components), parts(kind, 2 * variables * batch);
+    k.mixture_prior_forward(mixture, {kl, dispersion, aggregate_kl, information, aggregate, parts});
+    Array grad_mean(kind, z), grad_log_var(kind, categorical ? 0 : z), grad_logits(kind, q);
+    Array grad_component_mean(kind, categorical ? 0 : p), grad_component_log_var(kind, p);
+    k.mixture_prior_backward(mixture, {grad_kl, grad_dispersion, grad_aggregate, grad_information, aggregate, grad_mean,
+                                       grad_log_var, grad_logits, grad_component_mean, grad_component_log_var});
+    const double tolerance = kind == kF64 ? 1e-9 : 1e-3;
+    results.push_back({"kl", std::move(kl), true, tolerance});
+    results.push_back({"dispersion", std::move(dispersion), true, tolerance});
+    results.push_back({"aggregate_kl", std::move(aggregate_kl), true, tolerance});
+    results.push_back({"information", std::move(information), true, tolerance});
+    results.push_back({"grad_mean", std::move(grad_mean), true, tolerance});
+    results.push_back({"grad_log_var", std::move(grad_log_var), true, tolerance});
+    results.push_back({"grad_logits", std::move(grad_logits), true, tolerance});
+    results.push_back({"grad_component_mean", std::move(grad_component_mean), true, tolerance});
+    results.push_back({"grad_component_log_var", std::move(grad_component_log_var), true, tolerance});
   });
 }
 
@@ -1149,6 +1187,7 @@ const Entry kEntries[] = {{"gaussian", fuzz_gaussian},
                           {"categorical", fuzz_categorical},
                           {"corrupt", fuzz_corrupt},
                           {"mixture", fuzz_mixture},
+                          {"mixture_prior", fuzz_mixture_prior},
                           {"cross_entropy", fuzz_cross_entropy},
                           {"pack_words", fuzz_pack_words},
                           {"lstm", fuzz_lstm},

@@ -35,6 +35,7 @@ from fastvae.kernels import (
     layer_norm_lstm,
     likelihood,
     lstm,
+    mixture,
     posterior,
     sparse,
 )
@@ -207,6 +208,13 @@ def _mixture(sizes: _Sizes, latent: int) -> None:
     posterior.backward(density, density, z, mixture, mixture)
 
 
+def _mixture_prior(sizes: _Sizes, categorical: bool) -> None:
+    z, logits, components = _tensor(sizes.rows, 20, 16), _tensor(sizes.rows, 20, 5), _tensor(20, 5, 16)
+    inputs = (z, None, logits, None, components) if categorical else (z, z, logits, components, components)
+    kl, dispersion, *terms, aggregate = mixture.forward(*inputs)
+    mixture.backward([kl, dispersion, *terms], aggregate, *inputs)
+
+
 def _cross_entropy(sizes: _Sizes, dtype: torch.dtype, label_smoothing: float = 0.0) -> None:
     hidden = _tensor(sizes.rows, 256, dtype=dtype)
     weight, bias = _tensor(10000, 256, dtype=dtype), _tensor(10000, dtype=dtype)
@@ -291,6 +299,8 @@ _CASES: dict[str, Callable[[_Sizes], None]] = {
     "importance-weighted, float32, latent 20": lambda n: _importance(n, torch.float32, 20),
     "importance-weighted, bfloat16, latent 50": lambda n: _importance(n, torch.bfloat16, 50),
     "mixture, latent 32": lambda n: _mixture(n, 32),
+    "mixture of Gaussians": lambda n: _mixture_prior(n, False),
+    "mixture of categorical variables": lambda n: _mixture_prior(n, True),
     "logits in float32": lambda n: _cross_entropy(n, torch.float32),
     "logits in TF32": lambda n: _tf32(_cross_entropy, n),
     "logits in bfloat16": lambda n: _cross_entropy(n, torch.bfloat16),

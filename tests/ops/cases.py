@@ -34,6 +34,7 @@ from fastvae.functional import (
     linear_cross_entropy,
     lstm,
     lstm_decode,
+    mixture_kl,
     mixture_log_density,
     mutual_information,
     top_k_decode,
@@ -102,6 +103,13 @@ def _corrupted_linear_inputs(dtype, batch):
     random = torch.Generator().manual_seed(batch)
     weights = {"weight": torch.randn(17, 33, generator=random), "bias": torch.randn(17, generator=random)}
     return _corruption_inputs(dtype, batch) | {name: tensor.to(dtype) for name, tensor in weights.items()}
+
+
+def _mixture_inputs(dtype, batch):
+    random, posterior, prior = torch.Generator().manual_seed(batch), (batch, 3, 7), (3, 5, 7)
+    shapes = {"mean": posterior, "log_var": posterior, "logits": (batch, 3, 5)}
+    shapes |= {"component_mean": prior, "component_log_var": prior}
+    return {name: torch.randn(shape, generator=random).to(dtype) for name, shape in shapes.items()}
 
 
 def _cross_entropy_inputs(dtype, batch):
@@ -235,6 +243,7 @@ CASES = {
     "full_gaussian_sample_kl": Case(
         lambda **tensors: full_gaussian_sample_kl(**tensors, num_samples=2), _full_gaussian_inputs
     ),
+    "mixture_kl": Case(lambda **tensors: tuple(mixture_kl(**tensors)), _mixture_inputs),
     "gaussian_sample_log_ratio": Case(
         lambda **tensors: gaussian_sample_log_ratio(**tensors, num_samples=3), _importance_inputs
     ),
