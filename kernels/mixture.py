@@ -87,7 +87,7 @@ def _log_softmax(logits, mask):
     return tl.where(log_prob < -1.0e4, -1.0e4, log_prob)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _mixture_forward_kernel(
     z_ptr,  # (B, M, D)
     log_var_ptr,  # (B, M, D)
@@ -166,7 +166,7 @@ def _mixture_forward_kernel(
     tl.store(information_ptr + m, tl.sum(tl.where(k < size, sum_log / batch - mean * log_mean, 0.0), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _mixture_backward_kernel(
     z_ptr,  # (B, M, D)
     log_var_ptr,  # (B, M, D)

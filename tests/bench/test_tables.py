@@ -47,10 +47,18 @@ def test_sparse_summary_takes_the_better_of_a_peers_forms(folder: Path) -> None:
 
 
 def test_summary_shows_training_against_each_peer(folder: Path) -> None:
-    _, _, row, _, machine = tables.training_summary(tables.read(folder)).splitlines()
+    _, _, row, _, machine = tables.sequence_summary(tables.read(folder)).splitlines()
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == ["LSTM: a case", "1.25 ms", "4.00x", "2.00x", "0.80x (fourth)", "2 MiB, 12.3 MiB"]
     assert "A processor (avx2), 2 threads" in machine
+
+
+def test_training_is_told_apart_by_what_is_trained(folder: Path) -> None:
+    rows = tables.read(folder)
+    others = [row | {"family": "gaussian"} for row in rows]
+    assert tables.sequence_summary([*rows, *others]) == tables.sequence_summary(rows)
+    assert "Sampling + KL: a case" in tables.training_summary([*rows, *others])
+    assert "LSTM" not in tables.training_summary([*rows, *others])
 
 
 def test_inference_summary_holds_generation_and_scoring(folder: Path) -> None:
@@ -86,8 +94,8 @@ def test_a_document_has_the_tables_that_it_marks(folder: Path) -> None:
     text = "`<!-- name: begin -->` within a line\n<!-- {0}: begin -->\nold\n<!-- {0}: end -->\n"
     assert tables.marked(text.format("vae")) == ["vae"]
     assert tables.renewed(text.format("vae"), folder) == text.format("vae").replace("old", "")  # none measured
-    table = tables.training_summary(tables.read(folder))
-    assert tables.renewed(text.format("bench"), folder) == text.format("bench").replace("old", table)
+    table = tables.sequence_summary(tables.read(folder))
+    assert tables.renewed(text.format("sequences"), folder) == text.format("sequences").replace("old", table)
     with pytest.raises(ValueError, match="unknown"):
         tables.renewed("<!-- unknown: begin -->\n<!-- unknown: end -->\n", folder)
 

@@ -15,6 +15,7 @@ from fastvae.functional import (
     bag_of_words_loss,
     bernoulli_nll,
     categorical_kl,
+    categorical_mixture_kl,
     corrupt,
     corrupted_linear,
     fista,
@@ -105,7 +106,7 @@ def _corrupted_linear_inputs(dtype, batch):
     return _corruption_inputs(dtype, batch) | {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
-def _mixture_inputs(dtype, batch):
+def _mixture_prior_inputs(dtype, batch):
     random, posterior, prior = torch.Generator().manual_seed(batch), (batch, 3, 7), (3, 5, 7)
     shapes = {"mean": posterior, "log_var": posterior, "logits": (batch, 3, 5)}
     shapes |= {"component_mean": prior, "component_log_var": prior}
@@ -243,7 +244,11 @@ CASES = {
     "full_gaussian_sample_kl": Case(
         lambda **tensors: full_gaussian_sample_kl(**tensors, num_samples=2), _full_gaussian_inputs
     ),
-    "mixture_kl": Case(lambda **tensors: tuple(mixture_kl(**tensors)), _mixture_inputs),
+    "categorical_mixture_kl": Case(
+        lambda mean, logits, component_mean: tuple(categorical_mixture_kl(mean, logits, component_mean)),
+        lambda *arguments: {n: t for n, t in _mixture_prior_inputs(*arguments).items() if "log_var" not in n},
+    ),
+    "mixture_kl": Case(lambda **tensors: tuple(mixture_kl(**tensors)), _mixture_prior_inputs),
     "gaussian_sample_log_ratio": Case(
         lambda **tensors: gaussian_sample_log_ratio(**tensors, num_samples=3), _importance_inputs
     ),

@@ -247,7 +247,9 @@ def test_gradcheck(noise, backend):
     assert torch.autograd.gradcheck(lambda *t: corrupted_linear(*t, noise, 0.4, seed=SEED), (x, weight, bias))
 
 
-@pytest.mark.parametrize(("noise", "dtype"), zip(NOISES, [torch.float64, torch.bfloat16, torch.float32], strict=True))
+@pytest.mark.parametrize(
+    ("noise", "dtype"), list(zip(NOISES, [torch.float64, torch.bfloat16, torch.float32], strict=True))
+)
 def test_opcheck(noise, dtype):
     x, weight, bias = (t.detach() for t in linear_operands(3, 5, 2, dtype))
     arguments = (SEED, noise, 0.4, 0.0, 1.0)
