@@ -79,18 +79,21 @@ assert z.shape == (5, 3, 4) and log_ratio.abs().max() < 1e-5
 torch.testing.assert_close(F.importance_weighted_bound(log_ratio + 2, log_ratio), torch.full((3,), 2.0))
 sample, kl = F.gumbel_softmax_sample_kl(zeros, hard=True)
 assert sample.sum(1).tolist() == [1, 1, 1] and kl.abs().max() < 1e-6 and F.categorical_kl(zeros).abs().max() < 1e-6
+z, kl, *_ = F.gaussian_head(target, torch.zeros(8, 4), torch.zeros(8))
+assert z.shape == (3, 4) and kl.abs().max() < 1e-6
 assert F.corrupt(target, "masking", 1.0).tolist() == zeros.tolist()
 assert F.corrupted_linear(target, torch.ones(2, 4), torch.ones(2), "masking", 1.0).tolist() == [[1, 1]] * 3
-density = F.mixture_log_density(z[0], mean[:1], log_var[:1])
-torch.testing.assert_close(density, torch.distributions.Normal(0.0, 1.0).log_prob(z[0]).sum(1))
+density = F.mixture_log_density(z, mean[:1], log_var[:1])
+torch.testing.assert_close(density, torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1))
 assert abs(F.mutual_information(mean, log_var)) < 1e-5
 terms = F.mixture_kl(mean[:, None], log_var[:, None], zeros[:, None, :2], mean[None, :2], log_var[None, :2])
 assert max(t.abs().max() for t in terms) < 1e-6
 terms = F.categorical_mixture_kl(zeros[:, None], zeros[:, None, :2], zeros[None, :2])
 assert max(t.abs().max() for t in terms) < 1e-6
 called = {"bag_of_words_loss", "bernoulli_nll", "categorical_kl", "categorical_mixture_kl", "corrupt",
-          "corrupted_linear", "dictionary_update", "duality_gap", "fista", "full_gaussian_sample_kl", "gaussian_kl",
-          "gaussian_nll", "gaussian_sample_kl", "gaussian_sample_log_ratio", "gru", "gru_decode",
+          "corrupted_linear", "dictionary_update", "duality_gap", "fista", "full_gaussian_sample_kl",
+          "gaussian_head", "gaussian_kl", "gaussian_nll", "gaussian_sample_kl", "gaussian_sample_log_ratio", "gru",
+          "gru_decode",
           "gumbel_softmax_sample_kl", "importance_weighted_bound", "ista", "ista_step", "kkt_violation", "lambda_max",
           "layer_norm_lstm", "layer_norm_lstm_decode", "linear_cross_entropy", "lstm", "lstm_decode", "mixture_kl",
           "mixture_log_density", "mutual_information", "scale_tril", "soft_threshold", "sparse_encode",
