@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastvae.kernels.random import packed_uniform, packed_uniforms_of_counters, to_gumbel
 
-MAX_CLASSES = 16384
+MAX_CLASSES = 8192
 _TILE = 1024
 _MAX_PARTIAL_SUMS = 1024
 

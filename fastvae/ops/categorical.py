@@ -164,7 +164,7 @@ def _workspaces(logits: Tensor) -> tuple[Tensor, int]:
 # -------------------------------------------------------------------------------------------- Triton on CUDA
 _triton_forward = kernel("categorical", "sample_kl_forward")
 _triton_backward = kernel("categorical", "sample_kl_backward")
-_MAX_CLASSES_CUDA = 16384  # a row lies in registers
+_MAX_CLASSES_CUDA = 8192  # a row lies in registers
 
 
 def _cuda_sample_kl(

@@ -288,7 +288,7 @@ _CASES: dict[str, Callable[[_Sizes], None]] = {
     "float32, 10 classes": lambda n: _categorical(n, torch.float32, 10),
     "float32, 32 classes, shared prior, hard": lambda n: _categorical(n, torch.float32, 32, "shared", True),
     "bfloat16, 1000 classes": lambda n: _categorical(n, torch.bfloat16, 1000),
-    "float32, 16384 classes": lambda n: _categorical(n, torch.float32, 16384),
+    "float32, 8192 classes": lambda n: _categorical(n, torch.float32, 8192),
     "masking in float32": lambda n: _corruption(n, torch.float32, "masking"),
     "masking in TF32": lambda n: _tf32(lambda n, dtype: _corruption(n, dtype, "masking"), n),
     "masking of 33 features in float32": lambda n: _corruption(n, torch.float32, "masking", 33),

@@ -18,6 +18,9 @@ MAX_SPILLED_BYTES = 64  # stored and loaded: a few scalars at most
 MAX_SHARED_BYTES = 99 * 1024  # of a program on sm_86 and sm_89; sm_80 has 163 KiB, sm_90 227 KiB
 
 
+pytestmark = pytest.mark.slow  # compiles over a hundred kernels
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     # A process of its own: kernels imported under the interpreter cannot be compiled.
