@@ -153,7 +153,7 @@ def main() -> int:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    (arguments.out / f"{NAME}.md").write_text(f"{table(rows)}\n")
+    (arguments.out / f"{NAME}.md").write_text(f"# Variance of gradient estimators\n\n{table(rows)}\n")
     draw(rows, arguments.out / f"{NAME}.png")
     print(f"written to {arguments.out}")
     return 0

@@ -267,7 +267,8 @@ def test_more_beta_means_less_kl_and_a_worse_reconstruction(digits):
     assert nlls[2] > nlls[0] + 1
 
 
-@pytest.mark.parametrize("posterior", ["diagonal", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("posterior", ["diagonal", "full"])
 def test_free_bits_hold_the_kl_at_the_floor(digits, posterior):
     settings = {"steps": 400, "beta": 4.0, "posterior": posterior}
     _, collapsed = terms(digits_vae(digits, **settings), digits)
