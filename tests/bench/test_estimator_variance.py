@@ -19,5 +19,5 @@ def test_command_writes_a_table_and_a_picture(tmp_path: Path, monkeypatch: pytes
         ours = next(r for r in rows if r["latent_dim"] == row["latent_dim"])
         ratio = float(row["variance"]) / float(ours["variance"])
         assert float(row["times_reparameterized"]) == pytest.approx(ratio, rel=1e-2)
-    assert len((tmp_path / "estimator_variance.md").read_text().splitlines()) == 4
+    assert len((tmp_path / "estimator_variance.md").read_text().splitlines()) == 6
     assert (tmp_path / "estimator_variance.png").read_bytes().startswith(b"\x89PNG")
