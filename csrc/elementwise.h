@@ -1,4 +1,5 @@
-// What kernels over rows of numbers share: blocks that stay in the first cache, prefetch, the clamp of log-variances.
+// What kernels over rows of numbers share: blocks that stay in the first cache, prefetch, sums, the clamp of
+// log-variances.
 #pragma once
 
 #include "isa.h"
@@ -16,6 +17,14 @@ FASTVAE_INLINE C clamp(C x) {
 template <typename C>
 FASTVAE_INLINE bool clamped(C x) {
   return x < -C(kLogVarLimit) || x > C(kLogVarLimit);
+}
+
+template <typename C>
+FASTVAE_INLINE C sum_of(const C *values, int64_t n) {
+  C sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += values[i];
+  return sum;
 }
 
 // Rows to compute at once, at most `most`: their number a multiple of four, so that threads share them evenly, unless

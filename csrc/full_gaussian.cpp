@@ -14,7 +14,6 @@ namespace fastvae::FASTVAE_ISA {
 namespace {
 
 constexpr int64_t kTile = 4096;  // numbers: two tiles fit the first-level cache
-constexpr int64_t kPad = kLine / int64_t(sizeof(float));
 static_assert(kBlock <= kTile, "a triangle row fits a tile");
 
 FASTVAE_INLINE int64_t triangle(int64_t rows) { return rows * (rows - 1) / 2; }

@@ -11,8 +11,6 @@
 namespace fastvae::FASTVAE_ISA {
 namespace {
 
-constexpr int64_t kPad = kLine / int64_t(sizeof(float));
-
 template <typename T>
 void forward(const LogRatio &g, const LogRatioOutputs &out) {
   using C = typename ComputeType<T>::type;

@@ -97,14 +97,6 @@ struct Unit {
   }
 };
 
-template <typename C>
-FASTVAE_INLINE C sum_of(const C *values, int64_t n) {
-  C sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += values[i];
-  return sum;
-}
-
 // Whether all are in [0, 1], NaN is not. The bits of such numbers are in the order of unsigned integers, but for -0.
 template <typename C>
 FASTVAE_INLINE bool are_probabilities(const C *values, int64_t n) {

@@ -29,13 +29,6 @@ template <typename C>
 FASTVAE_INLINE void fill(C *to, int64_t n, C value) {
   for (int64_t i = 0; i < n; ++i) to[i] = value;
 }
-template <typename C>
-FASTVAE_INLINE C sum_of(const C *values, int64_t n) {
-  C sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += values[i];
-  return sum;
-}
 
 // p and log p of n data: (classes, kWidth) each, from logits whose rows lie `stride` apart.
 template <typename C>

@@ -6,6 +6,8 @@
 
 namespace fastvae::FASTVAE_ISA {
 
+constexpr int64_t kPad = kLine / int64_t(sizeof(float));  // numbers to leave room for after a run
+
 template <typename T>
 struct LanesOf {
   using Number = int32_t;

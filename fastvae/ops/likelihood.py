@@ -19,8 +19,7 @@ from torch import Tensor
 
 from fastvae.ops.backend import CORE, compute_dtype, dtype_code, first_order, kernel, large, pointer, register
 from fastvae.ops.checks import check_device, check_float
-
-LOG_VAR_LIMIT = 40.0
+from fastvae.ops.gaussian import LOG_VAR_LIMIT
 
 
 # ------------------------------------------------------------------------------------------------ reference

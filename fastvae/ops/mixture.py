@@ -111,8 +111,9 @@ def _cpu(*inputs: Tensor | None) -> tuple[Tensor, ...]:
     assert CORE is not None
     arguments, kept = _arguments(*inputs)
     outputs = _fake(*inputs)  # type: ignore[arg-type]
-    logits = outputs[4].new_empty(2, outputs[4].shape[0], outputs[0].shape[0])
-    CORE.mixture_prior_forward(*arguments, *map(pointer, (*outputs, logits)))
+    kl, aggregate = outputs[0], outputs[4]
+    parts = kl.new_empty(2, len(aggregate), len(kl))  # kl and dispersion of each variable
+    CORE.mixture_prior_forward(*arguments, *map(pointer, (*outputs, parts)))
     del kept
     return outputs
 
