@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastvae.training.array_models import ArrayModel
     from fastvae.training.metrics import Figures, VAEFigures
 
+_Loaded = tuple[Any, Any, dict[str, Any]]  # model, vocabulary or scaling, settings
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -378,9 +379,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--iw-samples must be at least 0, got {arguments.iw_samples}")
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
-    model, vocabulary, config = _load(arguments)
+    loaded = _load(arguments)
+    model, vocabulary, config = loaded
     if not isinstance(vocabulary, Vocabulary):
-        return _evaluate_array(arguments)
+        return _evaluate_array(arguments, loaded)
     data = arguments.data or config["data"]
     split = arguments.split or ("all" if arguments.data and Path(data).is_file() else "test")
     corpus = TextCorpus(load_text(data, split), vocabulary)
@@ -429,11 +431,11 @@ def _save_evaluation(arguments: argparse.Namespace, result: Figures) -> int:
     return 0
 
 
-def _evaluate_array(arguments: argparse.Namespace) -> int:
+def _evaluate_array(arguments: argparse.Namespace, loaded: _Loaded) -> int:
     from fastvae.training.array_models import row_kind
     from fastvae.training.metrics import evaluate_array, evaluate_autoencoder
 
-    model, samples, data, split = _load_array(arguments, arguments.data, arguments.split)
+    model, samples, data, split = _load_array(arguments, loaded, arguments.data, arguments.split)
     size = arguments.batch_size or 256
     batches = (samples.read(slice(start, start + size)) for start in range(0, len(samples), size))
     about: dict[str, Any] = {"seed": arguments.seed, "data": data, "split": split}
@@ -470,13 +472,13 @@ def _evaluate_array(arguments: argparse.Namespace) -> int:
 
 
 def _load_array(
-    arguments: argparse.Namespace, data: str | None, split: str | None
+    arguments: argparse.Namespace, loaded: _Loaded, data: str | None, split: str | None
 ) -> tuple[ArrayModel, Samples, str, str]:
-    """Load a run on vectors or images, with the rows to use it on: the run's own, or those of other data."""
+    """Give a loaded run on vectors or images the rows to use it on: the run's own, or those of other data."""
     from fastvae.data.arrays import NAMES, has_test_part, load_array
     from fastvae.training.array_models import ArrayModel, row_kind
 
-    core, scaling, config = _load(arguments)
+    core, scaling, config = loaded
     whole = data is not None and data not in NAMES and not has_test_part(data)
     source, part = data or config["data"], split or ("all" if whole else "test")
     samples = load_array(source, part, image_size=config["image_size"])
@@ -579,9 +581,10 @@ def _sample(arguments: argparse.Namespace) -> int:
     from fastvae.data import Vocabulary
     from fastvae.training.text import sample_sentences
 
-    model, vocabulary, _ = _load(arguments)
+    loaded = _load(arguments)
+    model, vocabulary, _ = loaded
     if not isinstance(vocabulary, Vocabulary):
-        return _sample_array(arguments)
+        return _sample_array(arguments, loaded)
     _refuse(arguments, ("out",), "runs on images or vectors")
     count = 10 if arguments.count is None else arguments.count
     for sentence in sample_sentences(model, vocabulary, count, seed=arguments.seed, **_decoding(arguments)):
@@ -589,11 +592,11 @@ def _sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sample_array(arguments: argparse.Namespace) -> int:
+def _sample_array(arguments: argparse.Namespace, loaded: _Loaded) -> int:
     from fastvae.training.array_models import ArrayModel
 
     _refuse(arguments, tuple(_DECODING), "runs on text")
-    model = ArrayModel(*_load(arguments)[:2])
+    model = ArrayModel(*loaded[:2])
     rows = model.sample(100 if arguments.count is None else arguments.count, arguments.seed)
     return _write_rows(arguments, "samples", model, rows)
 
@@ -630,9 +633,10 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     from fastvae.data import Vocabulary
     from fastvae.training.text import reconstruct_sentences
 
-    model, vocabulary, _ = _load(arguments)
+    loaded = _load(arguments)
+    model, vocabulary, _ = loaded
     if not isinstance(vocabulary, Vocabulary):
-        return _reconstruct_array(arguments)
+        return _reconstruct_array(arguments, loaded)
     _refuse(arguments, ("out", "count"), "runs on images or vectors")
     sentences = arguments.sentences or [line for line in map(str.strip, sys.stdin) if line]
     if not sentences:
@@ -642,7 +646,7 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _reconstruct_array(arguments: argparse.Namespace) -> int:
+def _reconstruct_array(arguments: argparse.Namespace, loaded: _Loaded) -> int:
     import torch
 
     _refuse(arguments, tuple(_DECODING), "runs on text")
@@ -650,7 +654,7 @@ def _reconstruct_array(arguments: argparse.Namespace) -> int:
         raise ValueError(f"a run on images or vectors takes one DATA, got {len(arguments.sentences)}")
     if arguments.count is not None and arguments.count < 1:
         raise ValueError(f"--count must be at least 1, got {arguments.count}")
-    model, samples, _, _ = _load_array(arguments, arguments.sentences[0] if arguments.sentences else None, None)
+    model, samples, _, _ = _load_array(arguments, loaded, arguments.sentences[0] if arguments.sentences else None, None)
     picture = model.scaling.is_image and not str(arguments.out).endswith(".npy")
     count = min(arguments.count or (32 if picture else len(samples)), len(samples))
     parts = [samples.read(slice(start, min(start + 256, count))) for start in range(0, count, 256)]
@@ -706,7 +710,7 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+def _load(arguments: argparse.Namespace) -> _Loaded:
     from fastvae.training.checkpoint import load_run
 
     return load_run(arguments.folder, which=arguments.checkpoint, device=_device(arguments))
