@@ -17,6 +17,7 @@ from fastvae.training.config import (
     CHOICES,
     CONFIGS,
     RunConfig,
+    TextConfig,
     TrainConfig,
     config_class,
     read_yaml,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from fastvae.data import Samples, Vocabulary
     from fastvae.models import SentenceVAE
     from fastvae.training.array_models import ArrayModel
-    from fastvae.training.metrics import Figures, VAEFigures
+    from fastvae.training.metrics import Figures
 
 _Loaded = tuple[Any, Any, dict[str, Any]]  # model, vocabulary or scaling, settings
 USER_ERROR = 2
@@ -209,9 +210,11 @@ def _parsers(model: str = TrainConfig.model) -> tuple[_Parser, dict[str, _Parser
         return command
 
     _add_demo(add("demo", _demo, "learn a small language and show what was learnt", _DEMO_HELP))
-    text = model == TrainConfig.model
-    summary = "train a sentence VAE on text, or a model of vectors and images" if text else f"train a model: {model}"
-    _add_train(add("train", _train, summary, _TRAIN_HELP if text else _TRAIN_ARRAYS_HELP), config_class(model))
+    config = config_class(model)
+    default = model == TrainConfig.model
+    summary = "train a sentence VAE on text, or a model of vectors and images" if default else f"train a model: {model}"
+    text = _TRAIN_HELP if issubclass(config, TextConfig) else _TRAIN_ARRAYS_HELP
+    _add_train(add("train", _train, summary, text), config)
     _add_evaluate(add("evaluate", _evaluate, "measure a trained model, in nats", _EVALUATE_HELP))
     _add_sample(add("sample", _sample, "write new sentences, or draw new images, from the prior", _SAMPLE_HELP))
     summary = "write sentences, or draw images, again from their latent vector"
@@ -267,8 +270,8 @@ where these are set.
 
 def _add_train(parser: _Parser, config: type[RunConfig]) -> None:
     """Add the settings of all models, so that any file and any run goes with flags; the help shows those of one."""
-    text = config is TrainConfig
-    model = "" if text else f" --model {config.__dataclass_fields__['model'].default}"
+    text = issubclass(config, TextConfig)
+    model = "" if config is TrainConfig else f" --model {config.__dataclass_fields__['model'].default}"
     parser.usage = f"fastvae train{model} --data NAME|PATH [--out FOLDER] [--config FILE] [--resume] [settings]"
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings, named as the flags, - as _")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
@@ -371,9 +374,7 @@ def _add_evaluate(parser: _Parser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from fastvae.data import TextCorpus, Vocabulary, load_text
-    from fastvae.training.batches import ordered_batches
-    from fastvae.training.metrics import evaluate
+    from fastvae.training.text_models import text_model
 
     if arguments.iw_samples < 0:
         raise ValueError(f"--iw-samples must be at least 0, got {arguments.iw_samples}")
@@ -381,39 +382,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     loaded = _load(arguments)
     model, vocabulary, config = loaded
-    if not isinstance(vocabulary, Vocabulary):
+    parts = text_model(config)
+    if parts is None:
         return _evaluate_array(arguments, loaded)
     data = arguments.data or config["data"]
-    split = arguments.split or ("all" if arguments.data and Path(data).is_file() else "test")
-    corpus = TextCorpus(load_text(data, split), vocabulary)
-    result = evaluate(
+    result, title, rows = parts.get("report")(
         model,
-        ordered_batches(corpus, arguments.batch_size or 32),
+        vocabulary,
+        data=data,
+        split=arguments.split or ("all" if arguments.data and Path(data).is_file() else "test"),
         iw_samples=arguments.iw_samples,
+        batch_size=arguments.batch_size or 32,
         seed=arguments.seed,
-        data=str(data),
-        split=split,
     )
-    rows = [
-        *_elbo_rows(result, "a sentence"),
-        ("PPL", f"{result.ppl:.4f}", "a predicted token, from -ELBO"),
-    ]
-    if result.iw_nll is not None and result.iw_ppl is not None:
-        rows.append(("IW-NLL", f"{result.iw_nll:.4f}", f"nats a sentence, {result.iw_samples} samples"))
-        rows.append(("IW-PPL", f"{result.iw_ppl:.4f}", ""))
-    rows.append(("active units", f"{result.active_units} of {result.latent_dim}", ""))
-    limit = f"nats, from {result.mutual_information_sentences} sentences"
-    rows.append(("I(z;x)", f"{result.mutual_information:.4f}", limit))
-    _show(f"{data} ({split}): {result.sentences:,} sentences, {result.tokens:,} predicted tokens", rows)
+    _show(title, rows)
     return _save_evaluation(arguments, result)
-
-
-def _elbo_rows(result: VAEFigures, unit: str) -> list[tuple[str, str, str]]:
-    return [
-        ("-ELBO", f"{result.neg_elbo:.4f}", f"nats {unit}"),
-        ("  NLL", f"{result.nll:.4f}", ""),
-        ("  KL", f"{result.kl:.4f}", ""),
-    ]
 
 
 def _show(title: str, rows: Sequence[tuple[str, str, str]]) -> None:
@@ -434,6 +417,7 @@ def _save_evaluation(arguments: argparse.Namespace, result: Figures) -> int:
 def _evaluate_array(arguments: argparse.Namespace, loaded: _Loaded) -> int:
     from fastvae.training.array_models import row_kind
     from fastvae.training.metrics import evaluate_array, evaluate_autoencoder
+    from fastvae.training.reports import elbo_rows
 
     model, samples, data, split = _load_array(arguments, loaded, arguments.data, arguments.split)
     size = arguments.batch_size or 256
@@ -453,7 +437,7 @@ def _evaluate_array(arguments: argparse.Namespace, loaded: _Loaded) -> int:
         _show(title, rows)
         return _save_evaluation(arguments, errors)
     result = evaluate_array(model, batches, iw_samples=arguments.iw_samples, **about)
-    rows = _elbo_rows(result, unit)
+    rows = elbo_rows(result, unit)
     if result.bits_per_dimension is not None:
         rows.append(("bits / number", f"{result.bits_per_dimension:.4f}", "from -ELBO"))
     if result.iw_nll is not None:
@@ -717,10 +701,10 @@ def _load(arguments: argparse.Namespace) -> _Loaded:
 
 
 def _load_text(arguments: argparse.Namespace) -> tuple[SentenceVAE, Vocabulary]:
-    from fastvae.data import Vocabulary
+    from fastvae.models import SentenceVAE
 
     model, vocabulary, config = _load(arguments)
-    if not isinstance(vocabulary, Vocabulary):
+    if not isinstance(model, SentenceVAE):
         command, name = arguments.command, config["model"]
         raise ValueError(f"{command} is for runs of sentence_vae, and {arguments.folder} is one of {name}")
     return model, vocabulary

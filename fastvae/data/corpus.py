@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,14 @@ from fastvae.data.assistant import assistant_sentences
 from fastvae.data.vocabulary import Vocabulary
 
 SPLIT_NAMES = ("train", "valid", "test")
+
+
+def _folder(folder: Path, split: str) -> list[str]:
+    return list(read_sentences(folder / f"{split}.txt"))
+
+
+# Corpora by name: each reads a split from the folder of its name in the one that FASTVAE_DATA names.
+CORPORA: dict[str, Callable[[Path, str], list[str]]] = {"ptb": _folder}
 
 
 def read_sentences(path: str | os.PathLike[str]) -> Iterator[str]:
@@ -56,8 +64,8 @@ def load_text(name_or_path: str | os.PathLike[str], split: str = "train") -> lis
     """Give the sentences of one split of a corpus.
 
     Args:
-        name_or_path: `"assistant"`, the embedded corpus; `"ptb"`, the Penn Treebank as the files
-            `ptb/{train,valid,test}.txt` in the folder that the environment variable FASTVAE_DATA names;
+        name_or_path: `"assistant"`, the embedded corpus; one of `CORPORA`, such as `"ptb"`, the Penn Treebank as the
+            files `ptb/{train,valid,test}.txt`, in the folder that the environment variable FASTVAE_DATA names;
             a folder with train.txt, valid.txt and test.txt; or one text file. A name wins over a path
             spelt the same: write `./ptb` for the path.
         split: `"train"`, `"valid"` or `"test"`. Of each 20 sentences of one text file the 19th is for
@@ -74,18 +82,15 @@ def load_text(name_or_path: str | os.PathLike[str], split: str = "train") -> lis
         if split not in ASSISTANT_SPLITS:
             raise ValueError(f"split {split!r} is for a single text file; 'assistant' has {', '.join(SPLIT_NAMES)}")
         return assistant_sentences(split)
-    path = Path(name_or_path)
-    if name_or_path == "ptb":
-        root = os.environ.get("FASTVAE_DATA")
-        if not root:
-            raise FileNotFoundError("'ptb' needs the environment variable FASTVAE_DATA: the folder that holds ptb/")
-        path = Path(root) / "ptb"
-    if name_or_path == "ptb" or path.is_dir():
+    named = str(name_or_path) in CORPORA
+    path = corpus_folder(str(name_or_path)) if named else Path(name_or_path)
+    if named or path.is_dir():
         if split == "all":
             raise ValueError(f"split 'all' is for a single text file; {path} is a folder of {', '.join(SPLIT_NAMES)}")
-        return list(read_sentences(path / f"{split}.txt"))
+        return CORPORA[str(name_or_path)](path, split) if named else _folder(path, split)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder, and not one of the names 'assistant', 'ptb'")
+        names = ", ".join(map(repr, ("assistant", *CORPORA)))
+        raise FileNotFoundError(f"{path}: no such file or folder, and not one of the names {names}")
     sentences = list(read_sentences(path))
     if split == "all":
         return sentences
@@ -95,6 +100,18 @@ def load_text(name_or_path: str | os.PathLike[str], split: str = "train") -> lis
     if not held_out:
         raise ValueError(f"{path}: {len(sentences)} sentences are too few to hold any out for {split!r}, 20 are needed")
     return held_out
+
+
+def corpus_folder(name: str) -> Path:
+    """Return the folder of a corpus that is known by name.
+
+    Raises:
+        FileNotFoundError: the environment variable FASTVAE_DATA is not set.
+    """
+    root = os.environ.get("FASTVAE_DATA")
+    if not root:
+        raise FileNotFoundError(f"{name!r} needs the environment variable FASTVAE_DATA: the folder that holds {name}/")
+    return Path(root) / name
 
 
 class TextCorpus(Dataset[torch.Tensor]):

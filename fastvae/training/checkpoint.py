@@ -9,9 +9,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
+from fastvae.training.text_models import text_model
+
 if TYPE_CHECKING:
     from fastvae.data import Scaling, Vocabulary
-    from fastvae.models import SentenceVAE
+    from fastvae.training.text_models import TextModel
 
 CHECKPOINTS = ("best", "last")
 _PREFIX = "model."  # of the model's tensors among those of the Lightning module
@@ -109,7 +111,7 @@ def load_run(
         device: where the model goes.
 
     Returns:
-        The model in evaluation mode; the `Vocabulary` of a sentence VAE, the `Scaling` of a model of vectors or images;
+        The model in evaluation mode; the `Vocabulary` of a model of text, the `Scaling` of one of vectors or images;
         and the run's settings as a plain dict.
 
     Raises:
@@ -120,8 +122,9 @@ def load_run(
     checkpoint = read_checkpoint(path)
     model: torch.nn.Module
     data: Vocabulary | Scaling
-    if model_name(checkpoint["train_config"]) == "sentence_vae":
-        model, data = _sentence_vae(Path(folder), path, checkpoint["model_config"])
+    parts = text_model(checkpoint["train_config"])
+    if parts:
+        model, data = _of_text(parts, Path(folder), path, checkpoint["model_config"])
     else:
         from fastvae.data import Scaling
         from fastvae.training.array_models import build_array_model
@@ -140,14 +143,10 @@ def load_run(
     return model.to(device).eval(), data, checkpoint["train_config"]
 
 
-def model_name(settings: dict[str, Any]) -> str:
-    """Return the name of the model that a run's settings are of."""
-    return settings.get("model") or "sentence_vae"  # which once was the only one
-
-
-def _sentence_vae(folder: Path, path: Path, model_config: dict[str, Any]) -> tuple[SentenceVAE, Vocabulary]:
+def _of_text(
+    parts: TextModel, folder: Path, path: Path, model_config: dict[str, Any]
+) -> tuple[torch.nn.Module, Vocabulary]:
     from fastvae.data import Vocabulary
-    from fastvae.models import SentenceVAE
 
     words = folder / "vocabulary.txt"
     if not words.is_file():
@@ -158,4 +157,4 @@ def _sentence_vae(folder: Path, path: Path, model_config: dict[str, Any]) -> tup
             f"{path} was trained with {model_config['vocab_size']} words but {words} holds "
             f"{len(vocabulary)}: the files are from different runs"
         )
-    return SentenceVAE(**model_config), vocabulary
+    return parts.get("model")(**model_config), vocabulary

@@ -119,8 +119,8 @@ class KLConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class TrainConfig(KLConfig):
-    """Settings of one training run of a sentence VAE; those of `KLConfig` and `RunConfig`, and its own.
+class TextConfig(RunConfig):
+    """Settings of every run on text.
 
     Args:
         data: name of a corpus ("assistant", "ptb") or path of a text file, one sentence a line.
@@ -129,24 +129,40 @@ class TrainConfig(KLConfig):
         max_length: longer training sentences are cut to this many words; 0 keeps them whole.
         streaming: read the training file sentence by sentence instead of holding it in memory.
         workers: processes that prepare batches; 0 prepares them in the training process.
-        embed_dim, hidden_size, latent_dim: sizes of the word embeddings, the LSTM states and z.
-        num_layers: LSTM layers of the encoder and of the decoder each.
-        word_dropout: probability that the decoder sees <unk> instead of a word. dropout: of the states.
-        layer_dropout: of the states between layers. variational_dropout: drop alike at all steps of a sentence.
-        tie_weights: the output layer uses the decoder's embedding (embed_dim must equal hidden_size).
-        share_embedding: encoder and decoder use the same embedding.
         max_tokens: tokens a step instead of a fixed batch_size; 0 means unused.
+        embed_dim, hidden_size: sizes of the word embeddings and the states.
     """
 
-    model: str = "sentence_vae"
     valid: str | None = None
     vocab_size: int = 10_000
     min_count: int = 1
     max_length: int = 0
     streaming: bool = False
     workers: int = 0
+    max_tokens: int = 0
     embed_dim: int = 256
     hidden_size: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.streaming and self.valid is None:
+            raise ValueError("streaming needs a validation file: give valid (--valid FILE)")
+
+
+@dataclass(frozen=True)
+class TrainConfig(TextConfig, KLConfig):
+    """Settings of a run of `fastvae.models.SentenceVAE`.
+
+    Args:
+        latent_dim: size of z.
+        num_layers: LSTM layers of the encoder and of the decoder each.
+        word_dropout: probability that the decoder sees <unk> instead of a word. dropout: of the states.
+        layer_dropout: of the states between layers. variational_dropout: drop alike at all steps of a sentence.
+        tie_weights: the output layer uses the decoder's embedding (embed_dim must equal hidden_size).
+        share_embedding: encoder and decoder use the same embedding.
+    """
+
+    model: str = "sentence_vae"
     latent_dim: int = 32
     num_layers: int = 1
     word_dropout: float = 0.0
@@ -155,7 +171,6 @@ class TrainConfig(KLConfig):
     variational_dropout: bool = False
     tie_weights: bool = False
     share_embedding: bool = False
-    max_tokens: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,8 +181,6 @@ class TrainConfig(KLConfig):
             raise ValueError(
                 f"tie_weights needs embed_dim equal to hidden_size, got {self.embed_dim} and {self.hidden_size}"
             )
-        if self.streaming and self.valid is None:
-            raise ValueError("streaming needs a validation file: give valid (--valid FILE)")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from fastvae.data.arrays import load_arrays
 from fastvae.data.corpus import process_rank
 from fastvae.training.array_models import resolved_scaling
 from fastvae.training.batches import ordered_batches
-from fastvae.training.config import ArrayConfig, TrainConfig
+from fastvae.training.config import ArrayConfig, TextConfig
 
 RESIDENT_BYTES = 2 << 30  # of rows that are held on a CPU as one tensor
 
@@ -97,7 +97,7 @@ class TextDataModule(RunDataModule):
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: TextConfig,
         vocabulary: Vocabulary | None = None,
         *,
         start_epoch: int = 0,
@@ -146,14 +146,14 @@ class TextDataModule(RunDataModule):
         return ordered_batches(self.valid, self.config.batch_size)
 
 
-def training_sentences(config: TrainConfig) -> Iterable[str]:
+def training_sentences(config: TextConfig) -> Iterable[str]:
     """Return the training sentences: all of a single file where a validation text is given."""
     if config.streaming:
         return read_sentences(config.data)
     return load_text(config.data, "all" if config.valid is not None and Path(config.data).is_file() else "train")
 
 
-def validation_sentences(config: TrainConfig) -> Iterable[str]:
+def validation_sentences(config: TextConfig) -> Iterable[str]:
     """Return the validation sentences: those of `valid`, or the validation part of `data`."""
     if config.valid is None:
         return load_text(config.data, "valid")

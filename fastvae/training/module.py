@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,14 +11,19 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from fastvae.models import SentenceVAE, SentenceVAEOutput
-from fastvae.training.config import KLConfig, RunConfig, TrainConfig
+from fastvae.training.config import KLConfig, RunConfig, TextConfig, TrainConfig
 from fastvae.training.metrics import perplexity
 from fastvae.training.schedules import Schedule, make_schedule
 
 if TYPE_CHECKING:
-    from fastvae.data import TextBatch
+    from fastvae.data import TextBatch, Vocabulary
+    from fastvae.training.datamodule import TextDataModule
 
 _VALIDATION_SEED = 0x5EED  # the validation -ELBO of two epochs differs by the weights alone
+_OF_SENTENCE_VAE = (
+    *("embed_dim", "hidden_size", "latent_dim", "num_layers", "word_dropout", "dropout", "layer_dropout"),
+    *("variational_dropout", "tie_weights", "share_embedding"),
+)
 _CHECK_EVERY = 50  # steps between two looks at the losses where a look stalls the device
 
 
@@ -287,7 +293,48 @@ class RunModule(LightningModule):
         self._totals, self._recent = checkpoint["epoch_totals"].clone()
 
 
-class SentenceVAEModule(RunModule):
+class TextModule(RunModule):
+    """Training and validation of a model of sentences, whose `config` rebuilds it: `type(model)(**model.config)`."""
+
+    unit = ("sentence", "tokens")
+
+    @classmethod
+    def build_model(cls, config: Any, data: TextDataModule) -> torch.nn.Module:
+        """Build the untrained model of a run.
+
+        Args:
+            config: settings of the run.
+            data: gives the vocabulary.
+        """
+        raise NotImplementedError
+
+    def progress(self, batch: TextBatch) -> Tensor:
+        """Count the predicted tokens."""
+        return (batch.lengths - 1).sum()
+
+    def describe(self) -> str:
+        """Say how many words there are."""
+        return f"{self.settings_of_model()['vocab_size']:,} words"
+
+    def settings_of_model(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        settings: Any = self.model.config
+        return dict(settings)
+
+
+def shared_arguments(config: TextConfig, vocabulary: Vocabulary, names: Sequence[str]) -> dict[str, Any]:
+    """Return what the settings of a run and its vocabulary say of a model's constructor arguments.
+
+    Args:
+        config: settings of the run.
+        vocabulary: gives vocab_size and the indices of the special tokens.
+        names: the settings that the model takes as they are.
+    """
+    indices = {name: getattr(vocabulary, name) for name in ("pad_index", "bos_index", "eos_index", "unk_index")}
+    return {"vocab_size": len(vocabulary)} | {name: getattr(config, name) for name in names} | indices
+
+
+class SentenceVAEModule(TextModule):
     """Training and validation of a `SentenceVAE`: nll, kl and neg_elbo a sentence, ppl a predicted token.
 
     Args:
@@ -299,9 +346,13 @@ class SentenceVAEModule(RunModule):
     watched = ("reconstruction NLL", "KL")
     width = 4  # those two, tokens and sentences
     on_bar = ("neg_elbo", "kl")
-    unit = ("sentence", "tokens")
     model: SentenceVAE
     config: TrainConfig
+
+    @classmethod
+    def build_model(cls, config: TrainConfig, data: TextDataModule) -> SentenceVAE:
+        """Build the untrained model of a run."""
+        return SentenceVAE(**shared_arguments(config, data.vocabulary, _OF_SENTENCE_VAE))
 
     def losses(self, batch: TextBatch, kl_weight: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Return the loss and the sums of nll, kl, tokens and sentences."""
@@ -316,18 +367,6 @@ class SentenceVAEModule(RunModule):
         count = max(sentences, 1.0)
         ppl = perplexity(nll + kl, tokens)
         return {"neg_elbo": (nll + kl) / count, "nll": nll / count, "kl": kl / count, "ppl": ppl}
-
-    def progress(self, batch: TextBatch) -> Tensor:
-        """Count the predicted tokens."""
-        return (batch.lengths - 1).sum()
-
-    def describe(self) -> str:
-        """Say how many words there are."""
-        return f"{self.model.config['vocab_size']:,} words"
-
-    def settings_of_model(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return dict(self.model.config)
 
 
 def row_sums(*terms: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fastvae.data import Scaling, Vocabulary
-from fastvae.models import SentenceVAE
 from fastvae.training.array_models import ArrayModel
 from fastvae.training.array_module import ArrayModule
 from fastvae.training.callbacks import (
@@ -33,14 +32,15 @@ from fastvae.training.callbacks import (
     TimeLimit,
     TrainingProgress,
 )
-from fastvae.training.checkpoint import checkpoint_path, load_run, model_name, read_checkpoint, replace_atomically
-from fastvae.training.config import ArrayConfig, RunConfig, TrainConfig, write_yaml
+from fastvae.training.checkpoint import checkpoint_path, load_run, read_checkpoint, replace_atomically
+from fastvae.training.config import ArrayConfig, RunConfig, TextConfig, TrainConfig, write_yaml
 from fastvae.training.curves import plot_curves
 from fastvae.training.datamodule import ArrayDataModule, TextDataModule
 from fastvae.training.metrics_file import MetricsFile, read_metrics
-from fastvae.training.module import RunModule, SentenceVAEModule
+from fastvae.training.module import RunModule
 from fastvae.training.pictures import draw_pictures
 from fastvae.training.text import reconstruct_sentences, sample_sentences
+from fastvae.training.text_models import TEXT_MODELS
 
 # What a resumed run may set anew; all else is fixed by the checkpoint or by the position in the data.
 _CHANGEABLE = frozenset(
@@ -102,14 +102,14 @@ def train(
     """Train a model and keep everything about it in the folder `config.out`.
 
     The folder then holds config.yaml, checkpoints/last.ckpt and best.ckpt, metrics.csv, curves.png and, where
-    TensorBoard is installed, tensorboard/; of a sentence VAE also vocabulary.txt and samples.txt, of other models
+    TensorBoard is installed, tensorboard/; of a model of text also vocabulary.txt and samples.txt, of other models
     pictures.
 
     Args:
         config: the settings.
         resume: continue the run in the folder from checkpoints/last.ckpt, as if it had never stopped.
         overwrite: start anew in a folder that holds a run.
-        vocabulary: words of a sentence VAE; when None, built from the training text, or read from the run that is
+        vocabulary: words of a model of text; when None, built from the training text, or read from the run that is
             resumed.
         floor: entropy of the data in nats a sentence, drawn in the curves.
 
@@ -128,9 +128,9 @@ def train(
     position = checkpoint["position"] if checkpoint else {"epoch": 0, "batch": 0, "step": 0}
     where = {"start_epoch": position["epoch"], "start_batch": position["batch"]}
     data: TextDataModule | ArrayDataModule
-    if isinstance(config, TrainConfig):
+    if isinstance(config, TextConfig):
         words = Vocabulary.load(folder / "vocabulary.txt") if resume else vocabulary
-        data = TextDataModule(config, words, **where)
+        data = TEXT_MODELS[config.model].get("data")(config, words, **where)
     else:
         assert isinstance(config, ArrayConfig)
         scaling = Scaling(**checkpoint["model_config"]["scaling"]) if checkpoint else None
@@ -171,37 +171,16 @@ def train(
 
 def build_module(config: RunConfig, data: TextDataModule | ArrayDataModule) -> RunModule:
     """Build the untrained model of a run in the module that trains it."""
-    if isinstance(data, TextDataModule):
-        assert isinstance(config, TrainConfig)
-        return SentenceVAEModule(build_model(config, data.vocabulary), config)
-    return ArrayModule(data.config, data.scaling, len(data.train))
-
-
-def build_model(config: TrainConfig, vocabulary: Vocabulary) -> SentenceVAE:
-    """Build the untrained sentence VAE of a run."""
-    return SentenceVAE(
-        len(vocabulary),
-        embed_dim=config.embed_dim,
-        hidden_size=config.hidden_size,
-        latent_dim=config.latent_dim,
-        num_layers=config.num_layers,
-        word_dropout=config.word_dropout,
-        dropout=config.dropout,
-        layer_dropout=config.layer_dropout,
-        variational_dropout=config.variational_dropout,
-        tie_weights=config.tie_weights,
-        share_embedding=config.share_embedding,
-        pad_index=vocabulary.pad_index,
-        bos_index=vocabulary.bos_index,
-        eos_index=vocabulary.eos_index,
-        unk_index=vocabulary.unk_index,
-    )
+    if isinstance(data, ArrayDataModule):
+        return ArrayModule(data.config, data.scaling, len(data.train))
+    module = TEXT_MODELS[config.model].get("module")
+    return module(module.build_model(config, data), config)
 
 
 def _checkpoint_to_resume(config: RunConfig) -> dict[str, Any]:
     checkpoint = read_checkpoint(checkpoint_path(config.out, "last"))
     before, now = checkpoint["train_config"], config.to_dict()
-    before = before | {"model": model_name(before)}
+    before = before | {"model": before.get("model") or TrainConfig.model}  # which once was the only one
     if before["model"] != now["model"]:
         raise ValueError(f"{config.out} holds a run of {before['model']}, which cannot go on as {now['model']}")
     for name, value in now.items():
@@ -303,11 +282,11 @@ def _show_in_tensorboard(trainer: Trainer, folder: Path, step: int) -> None:
             logger.experiment.flush()
 
 
-def samples_text(model: SentenceVAE, vocabulary: Vocabulary, sentences: list[torch.Tensor], *, seed: int = 0) -> str:
+def samples_text(model: Any, vocabulary: Vocabulary, sentences: list[torch.Tensor], *, seed: int = 0) -> str:
     """Return samples from the prior and reconstructions of sentences, as readable text.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; with `sample` and `reconstruct`, as a `SentenceVAE`.
         vocabulary: of the model.
         sentences: 1-D int64 tensors.
         seed: of the samples.

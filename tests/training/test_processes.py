@@ -27,16 +27,17 @@ import sys
 import torch
 from fastvae.training import run
 from fastvae.training.config import TrainConfig
+from fastvae.training.module import SentenceVAEModule
 
-def without_noise(config, vocabulary, build=run.build_model):
-    model = build(config, vocabulary)
+def without_noise(config, data, build=SentenceVAEModule.build_model):
+    model = build(config, data)
     with torch.no_grad():
         model.head.linear.weight[config.latent_dim:] = 0
         model.head.linear.bias[config.latent_dim:] = -40
     return model
 
 if __name__ == "__main__":
-    run.build_model = without_noise
+    SentenceVAEModule.build_model = staticmethod(without_noise)
     data, out, devices = sys.argv[1:]
     config = TrainConfig(data=data, out=out, devices=int(devices), embed_dim=12, hidden_size=16, latent_dim=4,
         batch_size=16, epochs=2, lr=1e-2, log_every=1, accelerator="cpu", kl_schedule="constant",

@@ -8,7 +8,6 @@ import torch
 
 pytest.importorskip("lightning")
 
-from fastvae.training import run as run_module
 from fastvae.training.checkpoint import load_run, read_checkpoint
 from fastvae.training.config import TrainConfig, read_yaml
 from fastvae.training.metrics_file import read_metrics
@@ -201,7 +200,7 @@ def test_non_finite_losses_are_named_and_the_checkpoint_kept(settings, monkeypat
     def spoil(posterior):
         return posterior._replace(kl=posterior.kl + math.inf)
 
-    build = run_module.build_model
+    build = SentenceVAEModule.build_model
 
     def build_and_keep(*arguments):
         nonlocal head
@@ -210,7 +209,7 @@ def test_non_finite_losses_are_named_and_the_checkpoint_kept(settings, monkeypat
         return model
 
     head = None
-    monkeypatch.setattr(run_module, "build_model", build_and_keep)
+    monkeypatch.setattr(SentenceVAEModule, "build_model", build_and_keep)
     monkeypatch.setattr(SentenceVAEModule, "on_train_batch_start", poison)
     config = settings(epochs=3)
     with pytest.raises(NonFiniteLossError, match=f"the {term} became (nan|inf) at step 12"):
