@@ -116,6 +116,8 @@ _PACKAGES = {  # module: package, and the extra that brings it
     "yaml": ("pyyaml", "train"),
     "pooch": ("pooch", "download"),
     "sklearn": ("scikit-learn", "estimators"),
+    "sacrebleu": ("sacrebleu", "train"),
+    "safetensors": ("safetensors", "pretrained"),
     "onnx": ("onnx", "export"),
     "onnxscript": ("onnxscript", "export"),
 }
