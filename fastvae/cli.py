@@ -245,9 +245,9 @@ examples:
   fastvae train --data big.txt --streaming --valid valid.txt --kl-steps 10000 --devices 2
 
 The run's folder holds config.yaml, vocabulary.txt, checkpoints/last.ckpt and best.ckpt (lowest validation
--ELBO), metrics.csv, curves.png, samples.txt and tensorboard/. All losses are in nats; validation never weighs
-the KL. If the KL falls to 0, the decoder ignores z: try slower annealing (--kl-steps), --word-dropout 0.3 or
---free-bits 0.1.
+-ELBO), the best model as model.safetensors and model.json for `from_pretrained`, metrics.csv, curves.png,
+samples.txt and tensorboard/. All losses are in nats; validation never weighs the KL. If the KL falls to 0, the
+decoder ignores z: try slower annealing (--kl-steps), --word-dropout 0.3 or --free-bits 0.1.
 
 Models of vectors and images have settings of their own:
   fastvae train --model vae --help                    also iwae, denoising_autoencoder, linear_autoencoder
@@ -263,10 +263,10 @@ examples:
 
 A .npy file holds vectors (N, features) or images (N, height, width[, channels]). Of each 20 rows the 19th is for
 validation and the 20th for testing. The run's folder holds config.yaml, checkpoints/last.ckpt and best.ckpt (lowest
-validation loss), metrics.csv, curves.png, tensorboard/ and pictures: reconstructions beside inputs, samples, a map of
-the latent space, a manifold where z has 2 dimensions, the decoder's atoms. Losses are in nats a row of the scaled
-numbers; validation never weighs the KL. Downloads are kept in $FASTVAE_CACHE and taken from $FASTVAE_MIRROR/NAME
-where these are set.
+validation loss), the best model as model.safetensors and model.json for `from_pretrained`, metrics.csv, curves.png,
+tensorboard/ and pictures: reconstructions beside inputs, samples, a map of the latent space, a manifold where z has 2
+dimensions, the decoder's atoms. Losses are in nats a row of the scaled numbers; validation never weighs the KL.
+Downloads are kept in $FASTVAE_CACHE and taken from $FASTVAE_MIRROR/NAME where these are set.
 """
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+
+from fastvae.files import replace_atomically
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>")
 """The tokens with the indices 0 to 3."""
@@ -127,18 +128,8 @@ class Vocabulary:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one token a line, so line number - 1 is the index; the file appears whole or not at all."""
-        path = Path(path)
-        descriptor, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-        try:
-            with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
-                file.writelines(f"{token}\n" for token in self._tokens)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp lets the owner alone read
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        text = "".join(f"{token}\n" for token in self._tokens)
+        replace_atomically(path, lambda file: file.write(text.encode()))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Vocabulary:

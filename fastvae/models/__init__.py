@@ -7,6 +7,7 @@ from fastvae.models.autoencoder import (
     SparseAutoEncoder,
     SparseAutoEncoderOutput,
 )
+from fastvae.models.pretrained import Pretrained
 from fastvae.models.sentence_vae import SentenceVAE, SentenceVAEOutput
 from fastvae.models.vae import IWAE, VAE, VAEOutput
 
@@ -16,6 +17,7 @@ __all__ = [
     "AutoEncoderOutput",
     "DenoisingAutoEncoder",
     "LinearAutoEncoder",
+    "Pretrained",
     "SentenceVAE",
     "SentenceVAEOutput",
     "SparseAutoEncoder",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastvae.functional import bernoulli_nll, corrupt, corrupted_linear
 from fastvae.models.evidence import evaluating
+from fastvae.models.pretrained import Pretrained
 from fastvae.nn import MLPEncoder, SparseAutoEncoder, SparseAutoEncoderOutput
 from fastvae.ops.backend import compute_dtype
 from fastvae.ops.checks import check_choice, check_float
@@ -41,7 +42,7 @@ class AutoEncoderOutput(NamedTuple):
     reconstruction: Tensor
 
 
-class LinearAutoEncoder(nn.Module):
+class LinearAutoEncoder(Pretrained):
     """Linear auto-encoder: codes = (x - bias) encoder^T, reconstruction = codes decoder + bias.
 
     Minimising the squared error finds the principal subspace: the span of the decoder's rows becomes that of the
@@ -123,7 +124,7 @@ class LinearAutoEncoder(nn.Module):
         return f"{self.in_features}, {self.latent_dim}, tied={self.encoder is None}, bias={self.bias is not None}"
 
 
-class DenoisingAutoEncoder(nn.Module):
+class DenoisingAutoEncoder(Pretrained):
     """Auto-encoder that reconstructs data from a corrupted copy of them.
 
     An encoder that begins with a linear layer (`nn.Linear`, or a Sequential of one, before which a Flatten may stand)
@@ -144,6 +145,8 @@ class DenoisingAutoEncoder(nn.Module):
 
     Source: Vincent et al., Stacked Denoising Autoencoders (2010).
     """
+
+    networks = ("encoder", "decoder")
 
     def __init__(
         self,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvae.models.evidence import check_free_bits, evaluating, free_bits_kl, importance_weighted_nll
+from fastvae.models.pretrained import Pretrained
 from fastvae.nn import GaussianHead, LSTMDecoder, LSTMEncoder
 from fastvae.nn.lstm import checked_lengths
 
@@ -35,7 +36,7 @@ class SentenceVAEOutput(NamedTuple):
         return self.nll + self.kl
 
 
-class SentenceVAE(nn.Module):
+class SentenceVAE(Pretrained):
     """Sentence VAE: q(z|x) from an LSTM's last state, p(x|z) from an LSTM that sees z at every step.
 
     `config` holds the constructor's arguments: `SentenceVAE(**model.config)` builds the same model.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastvae.functional import bernoulli_nll, gaussian_nll, importance_weighted_bound
 from fastvae.models.evidence import check_free_bits, evaluating, free_bits_kl, importance_weighted_nll
+from fastvae.models.pretrained import Pretrained
 from fastvae.nn import FullGaussianHead, GaussianHead
 from fastvae.ops.backend import compute_dtype
 from fastvae.ops.checks import check_choice, check_float
@@ -41,7 +42,7 @@ class VAEOutput(NamedTuple):
         return -self.neg_elbo
 
 
-class VAE(nn.Module):
+class VAE(Pretrained):
     """Variational auto-encoder: q(z|x) from an encoder and a Gaussian head, p(x|z) from a decoder, p(z) = N(0, I).
 
     Likelihoods, by what the decoder gives for z `(rows, latent_dim)`:
@@ -81,6 +82,7 @@ class VAE(nn.Module):
     Inverse Autoregressive Flow (2016) for free bits.
     """
 
+    networks = ("encoder", "decoder")
     baseline: Tensor
     baseline_batches: Tensor
     log_var: nn.Parameter | float | None

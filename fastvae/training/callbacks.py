@@ -50,6 +50,7 @@ class AtomicCheckpointIO(CheckpointIO):
 class RunCheckpoints(Checkpoint):
     """Keeps checkpoints/last.ckpt and checkpoints/best.ckpt (lowest of what the module monitors), and stops on Ctrl-C.
 
+    The best model is also kept in the folder above, as `Pretrained.save_pretrained` writes it.
     `last` is written after each epoch's validation, every `every` steps, and when a stop is requested. The
     first Ctrl-C lets the step finish, saves and raises `Interrupted`; a second one stops at once without
     saving. A `Checkpoint` to Lightning, whose hook at the end of an epoch runs after the module's.
@@ -110,6 +111,8 @@ class RunCheckpoints(Checkpoint):
         if value < self.best_value:
             self.best_value = value
             trainer.save_checkpoint(self.best)
+            if trainer.is_global_zero:
+                pl_module.model.save_pretrained(self.best.parents[1])
         trainer.save_checkpoint(self.last)
         if pl_module.stopping:
             raise Interrupted

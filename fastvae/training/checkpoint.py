@@ -1,14 +1,13 @@
-"""Files of a run that must survive a crash, and loading a run back; needs torch alone."""
+"""Checkpoints of a run, and loading a run back; needs torch alone."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastvae.files import replace_atomically as replace_atomically
 from fastvae.training.text_models import text_model
 
 if TYPE_CHECKING:
@@ -17,43 +16,6 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = ("best", "last")
 _PREFIX = "model."  # of the model's tensors among those of the Lightning module
-
-
-def replace_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file so that after a crash at any moment either the old or the new content is there, whole.
-
-    Args:
-        path: the file; its folder must exist.
-        write: called with an open binary file beside it, which is flushed to disk and then renamed over
-            `path`.
-
-    Raises:
-        OSError: the new content could not be written (a full disk, say); the previous file is intact.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")  # one fixed name: what a killed process left is overwritten
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError)):  # torch reports a failed write as RuntimeError
-            raise OSError(f"could not write {path}: {error} (the previous file, if any, is intact)") from error
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened, and the rename is journalled
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checkpoint_path(folder: str | Path, which: str = "best") -> Path:

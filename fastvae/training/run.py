@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fastvae.data import Scaling, Vocabulary
+from fastvae.models.pretrained import DESCRIPTION, TENSORS
 from fastvae.training.array_models import ArrayModel
 from fastvae.training.array_module import ArrayModule
 from fastvae.training.callbacks import (
@@ -101,9 +102,9 @@ def train(
 ) -> TrainResult:
     """Train a model and keep everything about it in the folder `config.out`.
 
-    The folder then holds config.yaml, checkpoints/last.ckpt and best.ckpt, metrics.csv, curves.png and, where
-    TensorBoard is installed, tensorboard/; of a model of text also vocabulary.txt and samples.txt, of other models
-    pictures.
+    The folder then holds config.yaml, checkpoints/last.ckpt and best.ckpt, the best model as model.safetensors and
+    model.json for `from_pretrained`, metrics.csv, curves.png and, where TensorBoard is installed, tensorboard/; of a
+    model of text also vocabulary.txt and samples.txt, of other models pictures.
 
     Args:
         config: the settings.
@@ -202,8 +203,8 @@ def _prepare_folder(folder: Path, *, fresh: bool, overwrite: bool) -> None:
         )
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     if fresh:
-        for path in (last, last.with_name("best.ckpt"), folder / "metrics.csv"):
-            path.unlink(missing_ok=True)
+        for name in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.csv", TENSORS, DESCRIPTION):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _trainer(config: RunConfig, module: RunModule, checkpoints: RunCheckpoints, resume_step: int | None) -> Trainer:

@@ -1,11 +1,9 @@
-import errno
-
 import pytest
 import torch
 
 from fastvae.data import Vocabulary
 from fastvae.models import SentenceVAE
-from fastvae.training.checkpoint import load_run, read_checkpoint, replace_atomically
+from fastvae.training.checkpoint import load_run, read_checkpoint
 
 
 def write_run(folder, vocab_size=6):
@@ -17,38 +15,6 @@ def write_run(folder, vocab_size=6):
     checkpoint = {"state_dict": state, "model_config": model.config, "train_config": {"data": "x"}}
     torch.save(checkpoint, folder / "checkpoints" / "best.ckpt")
     return model, vocabulary
-
-
-def test_replace_writes_the_content(tmp_path):
-    replace_atomically(tmp_path / "a", lambda file: file.write(b"old"))
-    replace_atomically(tmp_path / "a", lambda file: file.write(b"new"))
-    assert (tmp_path / "a").read_bytes() == b"new"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos")])
-def test_full_disk_leaves_the_previous_file(tmp_path, error):
-    (tmp_path / "a").write_bytes(b"old")
-
-    def fill_disk(file):
-        file.write(b"half of the n")
-        raise error
-
-    with pytest.raises(OSError, match="previous file, if any, is intact"):
-        replace_atomically(tmp_path / "a", fill_disk)
-    assert (tmp_path / "a").read_bytes() == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-def test_new_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
-    import fastvae.training.checkpoint as module
-
-    calls = []
-    real = {"fsync": module.os.fsync, "replace": module.os.replace}
-    for name, function in real.items():
-        monkeypatch.setattr(module.os, name, lambda *args, n=name, f=function: (calls.append(n), f(*args)))
-    replace_atomically(tmp_path / "a", lambda file: file.write(b"new"))
-    assert calls[:2] == ["fsync", "replace"]
 
 
 def test_load_run_gives_back_the_model(tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("lightning")
 
+from fastvae.models import SentenceVAE
 from fastvae.training.checkpoint import load_run, read_checkpoint
 from fastvae.training.config import TrainConfig, read_yaml
 from fastvae.training.metrics_file import read_metrics
@@ -78,6 +79,9 @@ def test_a_run_learns_and_keeps_its_files(settings, tmp_path):
     model, vocabulary, saved = load_run(folder)
     assert model.config["vocab_size"] == len(vocabulary)
     assert saved == config.to_dict()
+    pretrained = SentenceVAE.from_pretrained(folder)
+    assert pretrained.config == model.config
+    assert all(map(torch.equal, pretrained.state_dict().values(), model.state_dict().values()))
     text = (folder / "samples.txt").read_text()
     assert "->" in text
     assert any(word in text for word in ("anna", "ben"))
