@@ -33,7 +33,7 @@ NETWORK = {"hidden": (12,)}
 @pytest.fixture(autouse=True)
 def _quick(request, monkeypatch):
     """Leave out what takes longer than a run, but where a test asks for it."""
-    monkeypatch.setattr("fastvae.training.checkpoint.os.fsync", lambda descriptor: None)
+    monkeypatch.setattr("fastvae.files.os.fsync", lambda descriptor: None)
     if "tensorboard" not in request.fixturenames:
         monkeypatch.setattr("fastvae.training.run.TENSORBOARD", False)
         monkeypatch.setattr("fastvae.training.run.plot_curves", lambda *args, **options: None)
