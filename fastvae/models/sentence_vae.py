@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvae.models.evidence import check_free_bits, evaluating, free_bits_kl, importance_weighted_nll
 from fastvae.models.pretrained import Pretrained
 from fastvae.nn import GaussianHead, LSTMDecoder, LSTMEncoder
-from fastvae.nn.lstm import checked_lengths
+from fastvae.nn.sentences import checked_lengths
 
 _DECODER_STREAM = 0x5851F42D4C957F2D  # any large number: word dropout's seed is this far from the noise's
 

@@ -12,6 +12,7 @@ from fastvae.nn.gru import GRUDecoder, GRUDecoderModules, GRUEncoder
 from fastvae.nn.lstm import DecoderModules, LSTMDecoder, LSTMEncoder
 from fastvae.nn.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, OneHot
 from fastvae.nn.sparse import LISTA, SparseAutoEncoder, SparseAutoEncoderOutput, SparseCoding
+from fastvae.nn.transformer import TransformerDecoder, TransformerEncoder
 
 __all__ = [
     "LISTA",
@@ -36,6 +37,8 @@ __all__ = [
     "SparseAutoEncoder",
     "SparseAutoEncoderOutput",
     "SparseCoding",
+    "TransformerDecoder",
+    "TransformerEncoder",
     "WeightedSamples",
     "export_decoder",
     "export_onnx",

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae.nn.cells import LSTM
 from fastvae.ops import generation
 from fastvae.ops.backend import CORE, compute_dtype
 from fastvae.ops.checks import check_device, check_float, check_index, check_shape
-from fastvae.ops.generation import BEAM, GREEDY, SAMPLE, Decoder, Recurrence, Search, States
+from fastvae.ops.generation import BEAM, GREEDY, SAMPLE, Decoder, Search
 from fastvae.ops.random import draw_seed
 
 if TYPE_CHECKING:
     from fastvae.nn.lstm import _Decoder
+    from fastvae.nn.sentences import SentenceDecoder
 
 STRATEGIES = {"greedy": GREEDY, "sample": SAMPLE, "beam": BEAM}
 
@@ -38,7 +38,7 @@ class Generated(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    decoder: _Decoder,
+    decoder: SentenceDecoder,
     z: Tensor | None,
     max_length: int,
     strategy: str,
@@ -51,10 +51,10 @@ def generate(
     """Write sentences; arguments and errors as for `LSTMDecoder.generate`."""
     search = _checked_search(decoder, max_length, strategy, **wishes)
     z, prefix, seeds = _checked_inputs(decoder, z, search, prefix, seeds, generator)
-    if decoder.cell == LSTM:
+    if _is_lstm(decoder):
         tokens, lengths, log_probs = generation.generate(*_lstm(decoder, z), prefix, seeds, *search)
     else:
-        tokens, lengths, log_probs = generation.write(_recurrence(decoder, z), prefix, seeds, search)
+        tokens, lengths, log_probs = generation.write(decoder.recurrence(z, max_length), prefix, seeds, search)
     longest = int(lengths.max())
     tokens, log_probs = tokens[..., :longest], log_probs[..., :longest]
     if search.n_best == 1:
@@ -64,7 +64,7 @@ def generate(
 
 @torch.no_grad()
 def stream(
-    decoder: _Decoder,
+    decoder: SentenceDecoder,
     z: Tensor | None,
     max_length: int,
     strategy: str,
@@ -82,12 +82,15 @@ def stream(
 
 
 @torch.no_grad()
-def _steps(decoder: _Decoder, z: Tensor, prefix: Tensor, seeds: Tensor, search: Search) -> Iterator[Tensor]:
-    if decoder.cell != LSTM or CORE is None or z.device.type != "cpu" or not decoder.hidden_size:
-        recurrence = generation.recurrence(_lstm(decoder, z)) if decoder.cell == LSTM else _recurrence(decoder, z)
-        yield from generation.steps(recurrence, prefix, seeds, search)
+def _steps(decoder: SentenceDecoder, z: Tensor, prefix: Tensor, seeds: Tensor, search: Search) -> Iterator[Tensor]:
+    if not _is_lstm(decoder):
+        yield from generation.steps(decoder.recurrence(z, search.max_length), prefix, seeds, search)
         return
-    steps = generation.Steps(_lstm(decoder, z), prefix, seeds, search)
+    operands = _lstm(decoder, z)
+    if CORE is None or z.device.type != "cpu" or not decoder.hidden_size:
+        yield from generation.steps(generation.recurrence(operands), prefix, seeds, search)
+        return
+    steps = generation.Steps(operands, prefix, seeds, search)
     for t in range(search.max_length):
         more = steps.advance(1)
         yield steps.tokens[:, 0, t].clone()
@@ -96,7 +99,7 @@ def _steps(decoder: _Decoder, z: Tensor, prefix: Tensor, seeds: Tensor, search: 
 
 
 def _checked_search(
-    decoder: _Decoder,
+    decoder: SentenceDecoder,
     max_length: int,
     strategy: str,
     *,
@@ -144,7 +147,7 @@ def _checked_search(
 
 
 def _checked_inputs(
-    decoder: _Decoder,
+    decoder: SentenceDecoder,
     z: Tensor | None,
     search: Search,
     prefix: Tensor | None,
@@ -171,6 +174,10 @@ def _checked_inputs(
     check_shape("seeds", seeds, (batch,), "(batch,)")
 
     return z.to(compute_dtype(weight)), prefix, seeds
+
+
+def _is_lstm(decoder: SentenceDecoder) -> TypeGuard[_Decoder]:
+    return decoder.cell == LSTM
 
 
 def _lstm(decoder: _Decoder, z: Tensor) -> Decoder:
@@ -204,27 +211,7 @@ def _lstm(decoder: _Decoder, z: Tensor) -> Decoder:
     )
 
 
-def _recurrence(decoder: _Decoder, z: Tensor) -> Recurrence:
-    """Any decoder as the eager loops take it, in the type of its weights."""
-    weight, embed = decoder.embedding.weight, decoder.embed_dim
-    z = z.to(weight.dtype)
-    weight_ih = decoder.layer(0)[0]
-
-    def step(words: Tensor, static: Tensor, states: States) -> tuple[Tensor, States]:
-        product = F.linear(F.embedding(words, weight), weight_ih[:, :embed]) + static
-        after: list[States] = []
-        for layer in range(decoder.num_layers):
-            parameters = decoder.layer(layer)
-            if layer:
-                product = F.linear(after[-1][0], parameters[0])
-            after.append(decoder.cell.step(product, tuple(state[layer] for state in states), parameters))
-        log_probs = decoder.output(after[-1][0]).log_softmax(-1, dtype=compute_dtype(weight))
-        return log_probs, tuple(torch.stack(layers) for layers in zip(*after, strict=True))
-
-    return Recurrence(step, F.linear(z, weight_ih[:, embed:]), decoder.initial_states(z))
-
-
-def _checked_prefix(decoder: _Decoder, search: Search, prefix: Tensor | None, batch: int) -> Tensor:
+def _checked_prefix(decoder: SentenceDecoder, search: Search, prefix: Tensor | None, batch: int) -> Tensor:
     """The first tokens as the op takes them: -1 behind each sentence's own."""
     weight = decoder.embedding.weight
     if prefix is None:

@@ -7,7 +7,8 @@ from typing import NamedTuple, Unpack
 from torch import nn
 
 from fastvae.nn.cells import GRU
-from fastvae.nn.lstm import DecoderSettings, EncoderSettings, _Decoder, _Encoder
+from fastvae.nn.lstm import _Decoder, _Encoder
+from fastvae.nn.sentences import DecoderSettings, EncoderSettings
 
 
 class GRUEncoder(_Encoder):
@@ -17,8 +18,8 @@ class GRUEncoder(_Encoder):
         vocab_size: number of tokens V.
         embed_dim: size E of the token embeddings.
         hidden_size: size H of the state.
-        settings: num_layers, dropout, layer_dropout, variational_dropout, pad_index, embedding, device and dtype, as
-            for `LSTMEncoder`. The parameters are named as in `GRUDecoder`.
+        settings: num_layers, dropout, layer_dropout, embedding_dropout, variational_dropout, pad_index, embedding,
+            device and dtype, as for `LSTMEncoder`. The parameters are named as in `GRUDecoder`.
     """
 
     def __init__(self, vocab_size: int, embed_dim: int, hidden_size: int, **settings: Unpack[EncoderSettings]) -> None:
@@ -50,8 +51,8 @@ class GRUDecoder(_Decoder):
         embed_dim: size E of the token embeddings.
         hidden_size: size H of the state.
         latent_dim: size of z, 0 for none.
-        settings: num_layers, word_dropout, dropout, layer_dropout, variational_dropout, tie_weights, pad_index,
-            bos_index, eos_index, unk_index, device and dtype, as for `LSTMDecoder`.
+        settings: num_layers, word_dropout, dropout, layer_dropout, embedding_dropout, variational_dropout,
+            tie_weights, pad_index, bos_index, eos_index, unk_index, device and dtype, as for `LSTMDecoder`.
 
     Sources: Cho et al., Learning Phrase Representations using RNN Encoder-Decoder (2014), in the form of `nn.GRU`;
     Bowman et al., Generating Sentences from a Continuous Space (2016).
