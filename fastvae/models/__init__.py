@@ -8,6 +8,7 @@ from fastvae.models.autoencoder import (
     SparseAutoEncoderOutput,
 )
 from fastvae.models.pretrained import Pretrained
+from fastvae.models.mixture_vae import MixturePosterior, MixtureVAE, MixtureVAEOutput
 from fastvae.models.sentence_vae import SentenceVAE, SentenceVAEOutput
 from fastvae.models.vae import IWAE, VAE, VAEOutput
 
@@ -18,6 +19,9 @@ __all__ = [
     "DenoisingAutoEncoder",
     "LinearAutoEncoder",
     "Pretrained",
+    "MixturePosterior",
+    "MixtureVAE",
+    "MixtureVAEOutput",
     "SentenceVAE",
     "SentenceVAEOutput",
     "SparseAutoEncoder",
