@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from fastvae.data.assistant import SPLITS as ASSISTANT_SPLITS
 from fastvae.data.assistant import assistant_sentences
+from fastvae.data.dailydialog import dailydialog_sentences
 from fastvae.data.vocabulary import Vocabulary
 
 SPLIT_NAMES = ("train", "valid", "test")
@@ -27,7 +28,7 @@ def _folder(folder: Path, split: str) -> list[str]:
 
 
 # Corpora by name: each reads a split from the folder of its name in the one that FASTVAE_DATA names.
-CORPORA: dict[str, Callable[[Path, str], list[str]]] = {"ptb": _folder}
+CORPORA: dict[str, Callable[[Path, str], list[str]]] = {"ptb": _folder, "dailydialog": dailydialog_sentences}
 
 
 def read_sentences(path: str | os.PathLike[str]) -> Iterator[str]:

@@ -6,8 +6,6 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from fastvae.data.corpus import read_sentences
-
 ACTS = ("inform", "question", "directive", "commissive")
 EMOTIONS = ("none", "anger", "disgust", "fear", "happiness", "sadness", "surprise")
 _FILES = {"train": "train", "valid": "validation", "test": "test"}
@@ -43,6 +41,8 @@ def dailydialog_dialogues(folder: Path, split: str) -> list[list[LabelledUtteran
 
     Source: Li et al., DailyDialog: A Manually Labelled Multi-turn Dialogue Dataset (2017).
     """
+    from fastvae.data.corpus import read_sentences  # which knows this corpus by name
+
     path = folder / f"{_FILES[split]}.txt"
     lines = [list(read_sentences(path.with_stem(path.stem + suffix))) for suffix in ("", "_act", "_emotion")]
     if len({len(part) for part in lines}) > 1:

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress
 
-LABELS = {"neg_elbo": "-ELBO", "iw_nll": "IW-NLL", "nll": "NLL", "kl": "KL", "ppl": "PPL", "error": "error"}
+LABELS = {
+    "neg_elbo": "-ELBO", "iw_nll": "IW-NLL", "nll": "NLL", "kl": "KL", "ppl": "PPL", "error": "error",
+    "objective": "objective", "dispersion": "L_d", "mutual_information": "I(c;x)",
+}  # fmt: skip
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error

@@ -26,11 +26,13 @@ CHOICES = {
     "posterior": ("diagonal", "full"),
     "estimator": ("reparameterized", "score_function", "score_function_baseline"),
     "noise": ("gaussian", "masking", "salt_and_pepper"),
+    "kind": ("ae", "vae", "di_vae", "semi_vae", "gm_vae", "dgm_vae", "dcm_vae"),
 }
 _AT_LEAST = {
     0: "max_length workers max_tokens max_minutes kl_start kl_weight kl_steps free_bits patience seed checkpoint_every "
-    "image_size beta level",
-    1: "min_count embed_dim hidden_size latent_dim num_layers batch_size epochs devices log_every num_samples",
+    "image_size beta level mutual_information_weight",
+    1: "min_count embed_dim hidden_size latent_dim num_layers batch_size epochs devices log_every num_samples "
+    "variables components",
     5: "vocab_size",
 }
 
@@ -174,13 +176,45 @@ class TrainConfig(TextConfig, KLConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("word_dropout", "dropout", "layer_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.tie_weights and self.embed_dim != self.hidden_size:
-            raise ValueError(
-                f"tie_weights needs embed_dim equal to hidden_size, got {self.embed_dim} and {self.hidden_size}"
-            )
+        _check_layers(self)
+
+
+@dataclass(frozen=True)
+class MixtureConfig(TextConfig, KLConfig):
+    """Settings of a run of `fastvae.models.MixtureVAE`.
+
+    Args:
+        kind: what the prior is and what of it the loss takes back, one of `fastvae.models.mixture_vae.KINDS`.
+        variables, components, latent_dim: M codes of K values each, and the size of each code's z.
+        beta: weight of the dispersion; "dgm_vae" and "dcm_vae" alone have one.
+        mutual_information_weight: of I(c;x), which "di_vae" fixes at 1.
+        num_samples: of z for each sentence of a step.
+        temperature: of relaxed one-hot samples.
+        num_layers, word_dropout, dropout, tie_weights, share_embedding: as in `TrainConfig`.
+    """
+
+    model: str = "mixture_vae"
+    kind: str = "dgm_vae"
+    variables: int = 3
+    components: int = 5
+    latent_dim: int = 5
+    beta: float = 0.7
+    mutual_information_weight: float = 0.0
+    num_samples: int = 1
+    temperature: float = 1.0
+    num_layers: int = 1
+    word_dropout: float = 0.0
+    dropout: float = 0.0
+    tie_weights: bool = False
+    share_embedding: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_layers(self)
+        if not 0.0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        if self.free_bits:
+            raise ValueError(f"free_bits is of sentence_vae and vae, mixture_vae has none; got {self.free_bits}")
 
 
 @dataclass(frozen=True)
@@ -320,6 +354,15 @@ class LinearConfig(ArrayConfig):
             raise ValueError("scaling 'levels' is for likelihood 'categorical', which a linear_autoencoder has not")
 
 
+def _check_layers(config: Any) -> None:
+    for name in ("word_dropout", "dropout", "layer_dropout"):
+        if not 0.0 <= getattr(config, name, 0.0) < 1.0:
+            raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
+    if config.tie_weights and config.embed_dim != config.hidden_size:
+        sizes = f"{config.embed_dim} and {config.hidden_size}"
+        raise ValueError(f"tie_weights needs embed_dim equal to hidden_size, got {sizes}")
+
+
 def _check_log_var(log_var: float | None, likelihood: str) -> None:
     if log_var is not None and likelihood not in ("gaussian", "auto"):
         raise ValueError(f"log_var is of likelihood 'gaussian', got {likelihood!r}")
@@ -327,7 +370,7 @@ def _check_log_var(log_var: float | None, likelihood: str) -> None:
 
 CONFIGS: dict[str, type[RunConfig]] = {
     str(config.__dataclass_fields__["model"].default): config
-    for config in (TrainConfig, VAEConfig, IWAEConfig, DenoisingConfig, LinearConfig)
+    for config in (TrainConfig, MixtureConfig, VAEConfig, IWAEConfig, DenoisingConfig, LinearConfig)
 }
 
 

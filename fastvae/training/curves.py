@@ -14,6 +14,8 @@ _TITLES = {
     "iw_nll": "- importance-weighted bound",
     "nll": "reconstruction NLL",
     "kl": "KL",
+    "objective": "objective",
+    "mutual_information": "I(c;x)",
     "error": "reconstruction error",
 }
 

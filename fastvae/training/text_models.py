@@ -29,6 +29,11 @@ class TextModel(NamedTuple):
 
 TEXT_MODELS = {
     "sentence_vae": TextModel("fastvae.models:SentenceVAE", "fastvae.training.module:SentenceVAEModule"),
+    "mixture_vae": TextModel(
+        "fastvae.models:MixtureVAE",
+        "fastvae.training.mixture_module:MixtureVAEModule",
+        report="fastvae.training.mixture_metrics:report_mixture",
+    ),
 }
 
 
