@@ -7,8 +7,8 @@ from fastvae.models.autoencoder import (
     SparseAutoEncoder,
     SparseAutoEncoderOutput,
 )
-from fastvae.models.pretrained import Pretrained
 from fastvae.models.mixture_vae import MixturePosterior, MixtureVAE, MixtureVAEOutput
+from fastvae.models.pretrained import Pretrained
 from fastvae.models.sentence_vae import SentenceVAE, SentenceVAEOutput
 from fastvae.models.vae import IWAE, VAE, VAEOutput
 
@@ -18,10 +18,10 @@ __all__ = [
     "AutoEncoderOutput",
     "DenoisingAutoEncoder",
     "LinearAutoEncoder",
-    "Pretrained",
     "MixturePosterior",
     "MixtureVAE",
     "MixtureVAEOutput",
+    "Pretrained",
     "SentenceVAE",
     "SentenceVAEOutput",
     "SparseAutoEncoder",

@@ -16,8 +16,9 @@ from fastvae.functional import (
     mixture_kl,
 )
 from fastvae.models.evidence import evaluating
+from fastvae.models.pretrained import Pretrained
 from fastvae.nn import GaussianHead, LSTMDecoder, LSTMEncoder
-from fastvae.nn.lstm import checked_lengths
+from fastvae.nn.sentences import checked_lengths
 from fastvae.ops.mixture import MixtureTerms
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -75,7 +76,7 @@ class MixturePosterior(NamedTuple):
     logits: Tensor
 
 
-class MixtureVAE(nn.Module):
+class MixtureVAE(Pretrained):
     """Sentence VAE with M discrete codes c_m ~ Uniform(K) and latents z_m, read and written by LSTMs.
 
     With `prior="mixture"` the code m chooses the component p(z_m|c_m) of a learned exponential-family mixture, and the
@@ -109,6 +110,11 @@ class MixtureVAE(nn.Module):
     `di_vae` Zhao et al., Unsupervised Discrete Sentence Representation Learning (2018), section 3; for `semi_vae`
     Kingma et al., Semi-Supervised Learning with Deep Generative Models (2014), model M2.
     """
+
+    component_mean: Tensor
+    component_log_var: Tensor
+    component_logits: Tensor
+    head: Any  # nn.Linear of categorical z, GaussianHead of Gaussian z
 
     def __init__(
         self,

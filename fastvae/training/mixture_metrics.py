@@ -160,9 +160,7 @@ def report_mixture(
 ) -> tuple[Figures, str, Rows]:
     """Measure a `MixtureVAE`; arguments and result as `fastvae.training.reports.report_sentences`."""
     sentences = load_text(data, split)
-    result = evaluate_mixture(
-        model, vocabulary, sentences, batch_size=batch_size, seed=seed, data=data, split=split
-    )
+    result = evaluate_mixture(model, vocabulary, sentences, batch_size=batch_size, seed=seed, data=data, split=split)
     each = " ".join(f"{value:.3f}" for value in result.mutual_information_per_code)
     rows = [
         ("-ELBO", f"{result.neg_elbo:.4f}", "nats a sentence"),

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from fastvae.data import TextBatch, Vocabulary, collate
-from fastvae.models import SentenceVAE
+from fastvae.models import MixtureVAE, SentenceVAE
 
 _CHUNK = 64  # sentences decoded together
 
 
 def sample_sentences(
-    model: SentenceVAE, vocabulary: Vocabulary, count: int, *, seed: int = 0, **options: Any
+    model: SentenceVAE | MixtureVAE, vocabulary: Vocabulary, count: int, *, seed: int = 0, **options: Any
 ) -> list[str]:
     """Write new sentences from z ~ N(0, I).
 
@@ -30,7 +30,7 @@ def sample_sentences(
 
 
 def reconstruct_sentences(
-    model: SentenceVAE, vocabulary: Vocabulary, sentences: Sequence[str], *, seed: int = 0, **options: Any
+    model: SentenceVAE | MixtureVAE, vocabulary: Vocabulary, sentences: Sequence[str], *, seed: int = 0, **options: Any
 ) -> list[str]:
     """Write sentences again from the mean of their latent vector.
 
@@ -95,5 +95,5 @@ def encode_sentences(vocabulary: Vocabulary, sentences: Sequence[str]) -> TextBa
     return collate([torch.tensor(vocabulary.encode(sentence)) for sentence in sentences])
 
 
-def _device(model: SentenceVAE) -> torch.device:
+def _device(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device
