@@ -196,19 +196,31 @@ def _cpu_backward(
 
 
 # -------------------------------------------------------------------------------------------- cuDNN on CUDA
-def library(source: str, tokens: Tensor, z: Tensor | None, h0: Tensor, c0: Tensor, embedding: Tensor,
-            weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, seed: Tensor, word_dropout: float,
-            unk_index: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The same through torch's own LSTM and autograd, for one sample, (B, ...), of sequences of full length."""
+_HOLD = 1e4  # far beyond any sum of a gate's other terms, and a number of 16 bits
+
+
+def library(source: str, tokens: Tensor, lengths: Tensor | None, z: Tensor | None, h0: Tensor, c0: Tensor,
+            embedding: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, seed: Tensor,
+            word_dropout: float, unk_index: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same through torch's own LSTM and autograd, for one sample, (B, ...), all steps of the padding included."""
     batch, time = tokens.shape
     if source == "inputs":
         inputs = embedding.view(batch, time, -1)
     else:
-        words = dropped_tokens(tokens, tokens.new_full((batch,), time), seed, word_dropout, unk_index)
+        ends = tokens.new_full((batch,), time) if lengths is None else lengths
+        words = dropped_tokens(tokens, ends, seed, word_dropout, unk_index)
         valid = (words >= 0) & (words < embedding.shape[0])
         inputs = F.embedding(words.where(valid, 0), embedding).masked_fill(~valid[:, :, None], math.nan)
     if z is not None:
         inputs = torch.cat([inputs, z[:, None].expand(-1, time, -1)], -1)
+    if lengths is not None:
+        # One more input is 1 in the padding, where it shuts the input gates and opens the forget gates: the cell stays
+        # to the last bit, its gradient too. Zeros fill up to a multiple of 8, as products in 16 bits like it.
+        padding = (torch.arange(time, device=tokens.device) >= lengths[:, None])[:, :, None]
+        more = 8 - inputs.shape[-1] % 8
+        inputs = torch.cat([inputs.masked_fill(padding, 0), F.pad(padding.to(inputs.dtype), (0, more - 1))], -1)
+        hold = weight_ih.new_tensor([-_HOLD, _HOLD, 0, 0]).repeat_interleave(h0.shape[1])
+        weight_ih = torch.cat([weight_ih, F.pad(hold[:, None], (0, more - 1))], -1)
     weights = [weight_ih, weight_hh, *([] if bias is None else [bias, torch.zeros_like(bias)])]
     # In one piece, as cuDNN wants them: else they are copied at every call, with a warning.
     flat = torch.cat([w.flatten() for w in weights]).split([w.numel() for w in weights])
@@ -216,11 +228,15 @@ def library(source: str, tokens: Tensor, z: Tensor | None, h0: Tensor, c0: Tenso
     states, recording = (h0[None], c0[None]), torch.is_grad_enabled()
     with torch.autocast(tokens.device.type, enabled=False):
         hidden, h_n, c_n = torch._VF.lstm(inputs, states, weights, bias is not None, 1, 0.0, recording, False, True)
-    return hidden, h_n[0], c_n[0]
+    if lengths is None:
+        return hidden, h_n[0], c_n[0]
+    hidden = hidden.masked_fill(padding, 0)
+    last = hidden[torch.arange(batch, device=tokens.device), (lengths - 1).clamp_min(0)]
+    return hidden, torch.where(lengths[:, None] > 0, last, h0), c_n[0]
 
 
 def _library_serves(tokens: Tensor, h0: Tensor, embedding: Tensor) -> bool:
-    # Whether sequences of full length go through cuDNN: a rule after what others report, and no measurement of ours.
+    # Whether cuDNN takes the steps, those of the padding too: a rule after what others report, not what we measured.
     return (
         not torch.compiler.is_compiling()  # it would trace the steps one by one
         and embedding.device.type == "cuda"
@@ -315,7 +331,9 @@ def lstm_decode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run an LSTM over embedded tokens, with the latent as an input at every step and word dropout inside.
 
-    Equals ``nn.LSTM`` fed with [embedding of the token; z].
+    Equals ``nn.LSTM`` fed with [embedding of the token; z]. On CUDA, in 16-bit, without samples and where `hidden` is a
+    multiple of 128, cuDNN runs the steps, those of the padding too; not if the environment has FASTVAE_CUDNN_LSTM=0,
+    torch is to be deterministic, or in a compiled graph.
 
     Args:
         tokens: word indices, int64 (batch, time).
@@ -327,9 +345,7 @@ def lstm_decode(
         weight_ih: (4 * hidden, embed + latent), gates in nn.LSTM's order i, f, g, o.
         weight_hh: (4 * hidden, hidden).
         bias: (4 * hidden,), the sum of nn.LSTM's two, or None.
-        lengths: valid steps of each sequence, int64 (batch,), in [0, time]; all of them if None. Then cuDNN runs the
-            steps on CUDA, in 16-bit, without samples, where `hidden` is a multiple of 128; not if the environment has
-            FASTVAE_CUDNN_LSTM=0, torch is to be deterministic, or in a compiled graph.
+        lengths: valid steps of each sequence, int64 (batch,), in [0, time]; all of them if None.
         word_dropout: probability that an input word is replaced by `unk_index`; not at the first step.
         unk_index: index of <unk>; needed when `word_dropout` is positive.
         generator: source of the seed, on the inputs' device; torch's global one if None.
@@ -401,10 +417,11 @@ def _decode(
     if c0 is h0:  # Dynamo refuses one tensor given twice to an autograd function
         c0 = h0.view_as(h0)
     h0, c0 = (state.flatten(0, -2).to(embedding.dtype) for state in (h0, c0))
-    if full_length and _library_serves(tokens, h0, embedding):
+    if _library_serves(tokens, h0, embedding):
         z = None if z is None else z.flatten(0, -2).to(embedding.dtype)
         weights = embedding, weight_ih, weight_hh, bias
-        outputs = library(source, tokens, z, h0, c0, *weights, seed, word_dropout, unk_index)
+        ends = None if full_length else lengths
+        outputs = library(source, tokens, ends, z, h0, c0, *weights, seed, word_dropout, unk_index)
         hidden, h_n, c_n = with_samples(outputs, sequences)
         return hidden, h_n, c_n
     # A latent's contribution does not change from step to step: one product per sequence.

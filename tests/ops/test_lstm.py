@@ -111,13 +111,17 @@ def test_matches_float64(sizes, dtype, bias, backend, assert_within_budget):
         assert_within_budget(name, mine, truth[name], theirs[name], rounding)
 
 
+@pytest.mark.parametrize("full_length", [True, False])
 @pytest.mark.parametrize("word_dropout", [0.0, 0.4])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_through_the_library_as_by_the_definition(sizes, bias, word_dropout, monkeypatch):
+def test_through_the_library_as_by_the_definition(sizes, bias, word_dropout, full_length, monkeypatch):
     """What CUDA takes where cuDNN is said to be faster, on the CPU, in float64."""
-    tokens, _, leaves = operands(sizes, torch.float64, bias)
+    tokens, lengths, leaves = operands(sizes, torch.float64, bias)
+    if not full_length:
+        tokens[torch.arange(tokens.shape[1]) >= lengths[:, None]] = -999  # padding is never read
     again, options = clones(leaves), {"word_dropout": word_dropout, "unk_index": 0, "seed": SEED}
+    options["lengths"] = None if full_length else lengths
     expected = with_gradients(lstm_decode(tokens, **again, **options), again)
     monkeypatch.setattr(lstm, "_library_serves", lambda *_: True)
     ours = with_gradients(lstm_decode(tokens, **leaves, **options), leaves)
@@ -130,33 +134,40 @@ def test_through_the_library_a_word_out_of_range_gives_nan():
     tokens, _, leaves = operands((7, 5, 33, 7, 3, 33))
     tokens[3, 2] = -1
     leaves["weight_ih"], leaves["bias"] = leaves["weight_ih"].detach(), None
-    hidden, h_n, _ = lstm.library("embedding", tokens, **leaves, seed=SEED, word_dropout=0.0, unk_index=-1)
-    assert hidden[3, 2:].isnan().all()
-    assert hidden.isnan().sum() == 3 * 33
-    assert h_n.isnan().any(1).tolist() == [b == 3 for b in range(7)]
+    for lengths, steps in ((None, 3), (torch.full((7,), 4), 2)):
+        options = {"lengths": lengths, "seed": SEED, "word_dropout": 0.0, "unk_index": -1}
+        hidden, h_n, c_n = lstm.library("embedding", tokens, **leaves, **options)
+        assert hidden[3, 2 : 2 + steps].isnan().all()
+        assert hidden.isnan().sum() == steps * 33
+        for last in (h_n, c_n):
+            assert last.isnan().any(1).tolist() == [b == 3 for b in range(7)]
 
 
-def test_dense_inputs_through_the_library_as_by_the_definition(monkeypatch):
-    _, _, leaves = operands((7, 5, 35, 7, 0, 33), torch.float64)
+@pytest.mark.parametrize("full_length", [True, False])
+def test_dense_inputs_through_the_library_as_by_the_definition(full_length, monkeypatch):
+    _, lengths, leaves = operands((7, 5, 35, 7, 0, 33), torch.float64)
     leaves = {name: leaf for name, leaf in leaves.items() if name not in ("z", "embedding")}
-    leaves["inputs"] = torch.randn(7, 5, 7, dtype=torch.float64, requires_grad=True)
+    inputs, lengths = torch.randn(7, 5, 7, dtype=torch.float64), None if full_length else lengths
+    if lengths is not None:
+        inputs[torch.arange(5) >= lengths[:, None]] = torch.nan  # padding is never read
+    leaves["inputs"] = inputs.requires_grad_()
     again = clones(leaves)
-    expected = with_gradients(lstm_layer(**again), again)
+    expected = with_gradients(lstm_layer(**again, lengths=lengths), again)
     monkeypatch.setattr(lstm, "_library_serves", lambda *_: True)
-    for name, mine in with_gradients(lstm_layer(**leaves), leaves).items():
+    for name, mine in with_gradients(lstm_layer(**leaves, lengths=lengths), leaves).items():
         torch.testing.assert_close(mine, expected[name], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_through_the_library_on_a_gpu(dtype, monkeypatch):
-    tokens, _, leaves = operands((7, 5, 33, 7, 3, 128), dtype)
+    tokens, lengths, leaves = operands((7, 5, 33, 7, 3, 128), dtype)
     leaves = {name: leaf.detach().cuda().requires_grad_() for name, leaf in leaves.items()}
     assert lstm._library_serves(tokens.cuda(), leaves["h0"], leaves["embedding"])
-    ours = with_gradients([x.cpu() for x in lstm_decode(tokens.cuda(), **leaves)], leaves)
+    ours = with_gradients([x.cpu() for x in lstm_decode(tokens.cuda(), **leaves, lengths=lengths.cuda())], leaves)
     monkeypatch.setenv("FASTVAE_CUDNN_LSTM", "0")
     assert not lstm._library_serves(tokens.cuda(), leaves["h0"], leaves["embedding"])
-    kernels = with_gradients([x.cpu() for x in lstm_decode(tokens.cuda(), **leaves)], leaves)
+    kernels = with_gradients([x.cpu() for x in lstm_decode(tokens.cuda(), **leaves, lengths=lengths.cuda())], leaves)
     for name, mine in ours.items():
         scale = kernels[name].abs().max()
         assert (mine - kernels[name]).abs().max() <= 16 * torch.finfo(dtype).eps * scale, name
