@@ -72,7 +72,8 @@ void forward(const FullGaussian &g, const GaussianOutputs &out) {
       const auto half = exp_pair(C(0.5) * log_var);
       m[i] = mu;
       diagonal[i] = half.exp;
-      divergence[i] = C(0.5) * (mu * mu + (half.expm1 * (half.exp + C(1)) - log_var));  // as in gaussian.cpp
+      const C distance = limited(mu);
+      divergence[i] = C(0.5) * (distance * distance + (half.expm1 * (half.exp + C(1)) - log_var));  // as in gaussian.cpp
     }
     for (int64_t r = 0; r < rows; ++r) sums[r] = double(sum(divergence + r * latent, latent));
 
@@ -84,9 +85,9 @@ void forward(const FullGaussian &g, const GaussianOutputs &out) {
         C squares = 0;
 #pragma omp simd reduction(+ : squares)
         for (int64_t i = 0; i < width; ++i) {
-          const C x = load(below[i]);
+          const C x = load(below[i]), distance = limited(x);
           tile[r * width + i] = x;
-          squares += x * x;
+          squares += distance * distance;
         }
         sums[r] += 0.5 * double(squares);
       }
@@ -145,7 +146,7 @@ void backward(const FullGaussian &g, const FullGaussianGradients &grad) {
         const C share = grad_kl ? grad_kl[row + r] : C(0);
         C *first_of = tile + r * width;
 #pragma omp simd
-        for (int64_t i = 0; i < width; ++i) first_of[i] = grad_kl ? share * C(load(below[i])) : C(0);
+        for (int64_t i = 0; i < width; ++i) first_of[i] = grad_kl ? share * zero_beyond(C(load(below[i]))) : C(0);
       }
       const int64_t end = (rows - 1) * latent + to;
       for (int64_t s = 0; grad_z && s < g.samples; ++s) {
@@ -182,7 +183,7 @@ void backward(const FullGaussian &g, const FullGaussianGradients &grad) {
       const C mu = load(mean[first + i]), raw = C(2) * C(load(log_diagonal[first + i]));
       const auto half = exp_pair(C(0.5) * clamp(raw));
       const C change = half.exp * sum_noise[i] + weight[i] * (half.expm1 * (half.exp + C(1)));
-      store(grad_mean[first + i], sum_z[i] + weight[i] * mu);
+      store(grad_mean[first + i], sum_z[i] + weight[i] * zero_beyond(mu));
       store(grad_log_diagonal[first + i], clamped(raw) ? C(0) : change);
     }
   }

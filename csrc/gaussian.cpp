@@ -83,7 +83,8 @@ void forward(const Gaussian &g, const GaussianOutputs &out) {
           std_dev[i] = half.exp;
           // expm1(lv) from its half's parts: for small lv its error stays a rounding of lv, that of exp(lv) - 1 would
           // be a rounding of 1.
-          divergence[i] = C(0.5) * (mu * mu + (half.expm1 * (half.exp + C(1)) - lv));
+          const C distance = limited(mu);
+          divergence[i] = C(0.5) * (distance * distance + (half.expm1 * (half.exp + C(1)) - lv));
         }
       } else {
         alignas(64) C prior_mean[kBlock], prior_log_var[kBlock];
@@ -91,10 +92,11 @@ void forward(const Gaussian &g, const GaussianOutputs &out) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
           const C mu = load(mean[i]), lv = clamp(C(load(log_var[i])));
-          const C distance = mu - prior_mean[i], ratio = lv - prior_log_var[i];
+          const C distance = limited((mu - prior_mean[i]) * exp(C(-0.5) * prior_log_var[i]));
+          const C ratio = lv - prior_log_var[i];
           m[i] = mu;
           std_dev[i] = exp(C(0.5) * lv);
-          divergence[i] = C(0.5) * (distance * distance * exp(-prior_log_var[i]) + (expm1(ratio) - ratio));
+          divergence[i] = C(0.5) * (distance * distance + (expm1(ratio) - ratio));
         }
       }
 
@@ -175,7 +177,7 @@ void backward(const Gaussian &g, const GaussianGradients &grad) {
           const C mu = load(mean[i]), raw = load(log_var[i]);
           const auto half = exp_pair(C(0.5) * clamp(raw));
           const C dlv = C(0.5) * (half.exp * sum_noise[i] + weight[i] * (half.expm1 * (half.exp + C(1))));
-          store(grad_mean[i], sum_z[i] + weight[i] * mu);
+          store(grad_mean[i], sum_z[i] + weight[i] * zero_beyond(mu));
           store(grad_log_var[i], clamped(raw) ? C(0) : dlv);
         }
         scatter(grad.grad_mean, grad.grad_stride, b, grad_mean);
@@ -188,13 +190,14 @@ void backward(const Gaussian &g, const GaussianGradients &grad) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
         const C mu = load(mean[i]), raw = load(log_var[i]), lv = clamp(raw);
-        const C distance = mu - prior_mean[i], precision = exp(-prior_log_var[i]);
-        const C ratio = expm1(lv - prior_log_var[i]), pull = weight[i] * distance * precision;
+        const C inverse_std = exp(C(-0.5) * prior_log_var[i]);
+        const C distance = zero_beyond((mu - prior_mean[i]) * inverse_std);
+        const C ratio = expm1(lv - prior_log_var[i]), pull = weight[i] * distance * inverse_std;
         const C dlv = C(0.5) * (exp(C(0.5) * lv) * sum_noise[i] + weight[i] * ratio);
         store(grad_mean[i], sum_z[i] + pull);
         store(grad_log_var[i], clamped(raw) ? C(0) : dlv);
         prior_mean[i] = -pull;  // from here on the gradients of the prior
-        prior_log_var[i] = C(-0.5) * (distance * pull + weight[i] * ratio);
+        prior_log_var[i] = C(-0.5) * weight[i] * (distance * distance + ratio);
       }
       scatter(grad.grad_mean, grad.grad_stride, b, grad_mean);
       scatter(grad.grad_log_var, grad.grad_stride, b, grad_log_var);

@@ -9,6 +9,22 @@ namespace fastvae::FASTVAE_ISA {
 constexpr int64_t kBlock = kNoiseBlock;
 constexpr int64_t kGrain = 8192;  // elements a thread should get at least: some 10 us of work
 
+// A distance from the prior's mean, in the prior's standard deviations, counts as at most this in a square: the sum of
+// millions of them then stays finite in float32. Beyond it has no gradient. In this order NaN stays NaN.
+constexpr double kDistanceLimit = 1e15;
+template <typename C>
+FASTVAE_INLINE C limited(C x) {
+  const C limit = C(kDistanceLimit);
+  x = x < -limit ? -limit : x;
+  return x > limit ? limit : x;
+}
+template <typename C>
+FASTVAE_INLINE C zero_beyond(C x) {
+  const C limit = C(kDistanceLimit);
+  x = x < -limit ? C(0) : x;
+  return x > limit ? C(0) : x;
+}
+
 // exp(x) and expm1(x) for the cost of one.
 struct ExpPair {
   float exp, expm1;

@@ -39,9 +39,9 @@ void forward(const LogRatio &g, const LogRatioOutputs &out) {
         T *to = z + s * size + first;
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
-          const C e = noise[i], x = m[i] + std_dev[i] * e;
+          const C e = noise[i], x = m[i] + std_dev[i] * e, distance = limited(x);
           store(to[i], x);
-          ratio[i] = C(0.5) * (lv[i] + e * e - x * x);
+          ratio[i] = C(0.5) * (lv[i] + e * e - distance * distance);
         }
         C *row = log_ratio + s * g.rows + b.row;
         for (int64_t r = 0; r < b.rows; ++r) {
@@ -86,7 +86,8 @@ void backward(const LogRatio &g, const LogRatioGradients &grad) {
         const T *from = grad_z + (grad_z ? s * size + first : 0);
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
-          const C e = noise[i], dz = (grad_z ? C(load(from[i])) : C(0)) - weight[i] * (m[i] + std_dev[i] * e);
+          const C e = noise[i], distance = zero_beyond(m[i] + std_dev[i] * e);
+          const C dz = (grad_z ? C(load(from[i])) : C(0)) - weight[i] * distance;
           sum_z[i] += dz;
           sum_noise[i] += dz * e;
           sum_weight[i] += weight[i];

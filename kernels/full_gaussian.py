@@ -12,7 +12,8 @@ of D = 32 or 64, in registers for all samples. A larger D is gone through in til
 from the cache for each sample; backward, every tile is a program of its own.
 
 Limits: float32, bfloat16 and float16 (float64 stays with the reference); contiguous operands. log_diagonal is clamped
-to [-20, 20] with no gradient outside; NaN passes through everything.
+to [-20, 20] with no gradient outside, and in the KL's squares mean and lower to [-1e15, 1e15] likewise; NaN passes
+through everything.
 """
 
 import torch
@@ -24,8 +25,10 @@ from fastvae.kernels.gaussian import (
     clamp_log_var,
     exp_minus_one,
     exp_minus_one_minus_itself,
+    limited,
     noise_tile,
     outside,
+    zero_beyond,
 )
 
 _TILE = 1024
@@ -137,13 +140,15 @@ def _full_gaussian_forward_kernel(
         mean = tl.load(mean_ptr + element, mask=mask, other=0.0).to(tl.float32)
         log_var = clamp_log_var(2.0 * tl.load(log_diagonal_ptr + element, mask=mask, other=0.0).to(tl.float32))
         diagonal = tl.exp(0.5 * log_var)
-        kl += tl.sum(0.5 * (mean * mean + exp_minus_one_minus_itself(log_var)), axis=1)
+        distance = limited(mean)
+        kl += tl.sum(0.5 * (distance * distance + exp_minus_one_minus_itself(log_var)), axis=1)
         if ONE_TILE:
             lower = _load_lower(lower_ptr, row, i, i, rows, latent)
-            kl += 0.5 * tl.sum(tl.sum(lower * lower, axis=2), axis=1)
+            tile = limited(lower)
+            kl += 0.5 * tl.sum(tl.sum(tile * tile, axis=2), axis=1)
         else:
             for first in range(0, start + BLOCK_D, BLOCK_D):
-                tile = _load_lower(lower_ptr, row, i, first + tl.arange(0, BLOCK_D), rows, latent)
+                tile = limited(_load_lower(lower_ptr, row, i, first + tl.arange(0, BLOCK_D), rows, latent))
                 kl += 0.5 * tl.sum(tl.sum(tile * tile, axis=2), axis=1)
         offset = tl.zeros((), tl.int64)
         for _ in range(num_samples):
@@ -189,7 +194,7 @@ def _full_gaussian_backward_kernel(
         other = row[:, None] * latent + j[None, :]
         seed = tl.load(seed_ptr)
         grad_kl = tl.load(grad_kl_ptr + row, mask=row < rows, other=0.0)
-        grad_lower = grad_kl[:, None, None] * _load_lower(lower_ptr, row, i, j, rows, latent)
+        grad_lower = grad_kl[:, None, None] * zero_beyond(_load_lower(lower_ptr, row, i, j, rows, latent))
         sum_z = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         sum_noise = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         offset = tl.zeros((), tl.int64)
@@ -206,7 +211,7 @@ def _full_gaussian_backward_kernel(
             mean = tl.load(mean_ptr + element, mask=mask, other=0.0).to(tl.float32)
             raw = 2.0 * tl.load(log_diagonal_ptr + element, mask=mask, other=0.0).to(tl.float32)
             log_var = clamp_log_var(raw)
-            grad_mean = sum_z + grad_kl[:, None] * mean
+            grad_mean = sum_z + grad_kl[:, None] * zero_beyond(mean)
             change = tl.exp(0.5 * log_var) * sum_noise + grad_kl[:, None] * exp_minus_one(log_var)
             change = tl.where(outside(raw), 0.0, change)
             tl.store(grad_mean_ptr + element, grad_mean.to(grad_mean_ptr.dtype.element_ty), mask=mask)

@@ -15,7 +15,8 @@ row tiles, then over the programs by ``torch.sum``: no atomics, so a given seed 
 bits.
 
 Limits: float32, bfloat16 and float16 (float64 stays with the reference); contiguous operands; the prior is
-float32. log_var is clamped to [-40, 40] with no gradient outside; NaN passes through everything.
+float32. log_var is clamped to [-40, 40] with no gradient outside, and so is the distance that the KL squares, to 1e15
+of the prior's standard deviations; NaN passes through everything.
 """
 
 import torch
@@ -166,6 +167,18 @@ def outside(log_var):
 
 
 @triton.jit
+def limited(distance):
+    """Return `distance` within [-1e15, 1e15]: millions of its squares then add up in float32."""
+    return tl.where(distance > 1e15, 1e15, tl.where(distance < -1e15, -1e15, distance))
+
+
+@triton.jit
+def zero_beyond(distance):
+    """Return `distance`, or 0 where :func:`limited` changes it, which then has no gradient."""
+    return tl.where(tl.abs(distance) > 1e15, 0.0, distance)
+
+
+@triton.jit
 def noise_tile(seed, offset, row, start, element, latent, QUADS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Return the noise of a tile: `element`s (N, D) from column `start` on, of the sample that begins at `offset`."""
     # Where rows are made of whole counters, each is computed once for its four elements.
@@ -210,10 +223,11 @@ def _gaussian_forward_kernel(
             prior = row[:, None] * prior_stride + column[None, :]
             prior_log_var = clamp_log_var(tl.load(prior_log_var_ptr + prior, mask=mask, other=0.0))
             distance = mean - tl.load(prior_mean_ptr + prior, mask=mask, other=0.0)
-            ratio = log_var - prior_log_var
-            kl = 0.5 * (distance * distance * tl.exp(-prior_log_var) + exp_minus_one_minus_itself(ratio))
+            distance = limited(distance * tl.exp(-0.5 * prior_log_var))
+            kl = 0.5 * (distance * distance + exp_minus_one_minus_itself(log_var - prior_log_var))
         else:
-            kl = 0.5 * (mean * mean + exp_minus_one_minus_itself(log_var))
+            distance = limited(mean)
+            kl = 0.5 * (distance * distance + exp_minus_one_minus_itself(log_var))
         if SUM_LATENT:
             kl_sum += kl
         else:
@@ -276,11 +290,12 @@ def _gaussian_backward_kernel(
             raw_prior_log_var = tl.load(prior_log_var_ptr + prior, mask=mask, other=0.0)
             prior_log_var = clamp_log_var(raw_prior_log_var)
             distance = mean - tl.load(prior_mean_ptr + prior, mask=mask, other=0.0)
-            scaled = distance * tl.exp(-prior_log_var)
+            inverse_std = tl.exp(-0.5 * prior_log_var)
+            distance = zero_beyond(distance * inverse_std)
             excess = exp_minus_one(log_var - prior_log_var)
-            grad_mean = grad_kl * scaled
+            grad_mean = grad_kl * distance * inverse_std
             grad_log_var = 0.5 * grad_kl * excess
-            kl_to_prior_log_var = -0.5 * grad_kl * (excess + distance * scaled)
+            kl_to_prior_log_var = -0.5 * grad_kl * (excess + distance * distance)
             kl_to_prior_log_var = tl.where(outside(raw_prior_log_var), 0.0, kl_to_prior_log_var)
             if SHARED_PRIOR:
                 grad_prior_mean -= grad_mean
@@ -289,7 +304,7 @@ def _gaussian_backward_kernel(
                 tl.store(grad_prior_ptr + element, -grad_mean, mask=mask)
                 tl.store(grad_prior_ptr + sample_stride + element, kl_to_prior_log_var, mask=mask)
         else:
-            grad_mean = grad_kl * mean
+            grad_mean = grad_kl * zero_beyond(mean)
             grad_log_var = 0.5 * grad_kl * exp_minus_one(log_var)
 
         half_deviation = 0.5 * tl.exp(0.5 * log_var)

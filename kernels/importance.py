@@ -13,7 +13,8 @@ samples in turn. The bound: a program owns 32 data, for which it goes over the s
 log-weight and the sum above it; backward it goes over them twice.
 
 Limits: float32, bfloat16 and float16 (float64 stays with the reference); contiguous operands. log_var is clamped to
-[-40, 40] with no gradient outside; NaN passes through everything; an infinite bound has a gradient of 0.
+[-40, 40] with no gradient outside, and z to [-1e15, 1e15] where the ratio squares it; NaN passes through everything; an
+infinite bound has a gradient of 0.
 """
 
 import torch
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae.kernels.gaussian import clamp_log_var, noise_tile, outside, row_tile
+from fastvae.kernels.gaussian import clamp_log_var, limited, noise_tile, outside, row_tile, zero_beyond
 
 _BLOCK = 32
 
@@ -141,7 +142,8 @@ def _importance_sample_kernel(
         noise = noise_tile(seed, offset, row, start, element, latent, QUADS, BLOCK_D)
         z = mean + tl.exp(0.5 * log_var) * noise
         tl.store(z_ptr + offset + element, z.to(z_ptr.dtype.element_ty), mask=mask)
-        ratio += tl.where(mask, 0.5 * (log_var + noise * noise - z * z), 0.0)
+        distance = limited(z)
+        ratio += tl.where(mask, 0.5 * (log_var + noise * noise - distance * distance), 0.0)
     tl.store(log_ratio_ptr + sample * rows + row, tl.sum(ratio, axis=1), mask=row < rows)
 
 
@@ -178,7 +180,7 @@ def _importance_sample_backward_kernel(
         noise = noise_tile(seed, offset, row, start, element, latent, QUADS, BLOCK_D)
         grad_ratio = tl.load(grad_log_ratio_ptr + ratio_row, mask=row < rows, other=0.0)
         grad_z = tl.load(grad_z_ptr + offset + element, mask=mask, other=0.0).to(tl.float32)
-        grad_z -= grad_ratio[:, None] * (mean + deviation * noise)
+        grad_z -= grad_ratio[:, None] * zero_beyond(mean + deviation * noise)
         grad_mean += grad_z
         sum_noise += grad_z * noise
         sum_ratio += grad_ratio

@@ -6,7 +6,8 @@
 The strictly lower triangle comes row by row: element (i, j), i > j, at i (i - 1) / 2 + j. The noise comes from
 :mod:`fastvae.ops.random` at element (s * N + n) * D + d, as in :mod:`fastvae.ops.gaussian`, and is made again in the
 backward pass. ``log_diagonal`` is clamped to [-20, 20], the standard deviations of that family's log-variances, with
-no gradient outside. Source: Kingma & Welling 2019, "An introduction to variational autoencoders", section 2.5.1.
+no gradient outside; in the KL's squares the means and the numbers below the diagonal are to [-1e15, 1e15], likewise.
+Source: Kingma & Welling 2019, "An introduction to variational autoencoders", section 2.5.1.
 """
 
 import math
@@ -27,7 +28,7 @@ from fastvae.ops.backend import (
     register,
 )
 from fastvae.ops.checks import check_float, check_like, check_samples
-from fastvae.ops.gaussian import LOG_VAR_LIMIT, noise_like, z_shape
+from fastvae.ops.gaussian import LOG_VAR_LIMIT, limited_square, noise_like, z_shape
 from fastvae.ops.random import seed_of
 
 LOG_DIAGONAL_LIMIT = LOG_VAR_LIMIT / 2
@@ -44,7 +45,7 @@ def reference_sample_kl(
     noise = noise_like(mean, seed, num_samples)
     z = mean_ + torch.einsum("...ij, ...j -> ...i", scale_tril(log_diagonal_, lower_), noise)
     log_var = 2 * log_diagonal_.clamp(-LOG_DIAGONAL_LIMIT, LOG_DIAGONAL_LIMIT)
-    kl = 0.5 * ((mean_.square() + torch.expm1(log_var) - log_var).sum(-1) + lower_.square().sum(-1))
+    kl = 0.5 * ((limited_square(mean_) + torch.expm1(log_var) - log_var).sum(-1) + limited_square(lower_).sum(-1))
     return z.to(mean.dtype), kl
 
 

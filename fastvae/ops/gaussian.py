@@ -4,7 +4,9 @@
 
 The noise comes from :mod:`fastvae.ops.random` at element (s * N + n) * D + d and is made again in the backward
 pass. ``log_var`` and ``prior_log_var`` are clamped to [-40, 40]: every exponential then stays finite in float32, and
-the gradient is zero outside. Source: Kingma & Welling 2014, eq. 10 and appendix B.
+the gradient is zero outside. Likewise the distance that the KL squares, (mean - prior_mean) / prior_std, is clamped to
+[-1e15, 1e15], so that millions of squares add up to a finite number. Source: Kingma & Welling 2014, eq. 10 and
+appendix B.
 """
 
 import math
@@ -28,6 +30,7 @@ from fastvae.ops.checks import check_broadcast, check_choice, check_float, check
 from fastvae.ops.random import normal, seed_of
 
 LOG_VAR_LIMIT = 40.0
+DISTANCE_LIMIT = 1e15
 
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -45,11 +48,11 @@ def reference_sample_kl(
     mean_, log_var_ = mean.to(compute), log_var.to(compute).clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT)
     z = mean_ + torch.exp(0.5 * log_var_) * noise_like(mean, seed, num_samples)
     if prior_mean is None or prior_log_var is None:
-        kl = 0.5 * (mean_.square() + torch.expm1(log_var_) - log_var_)
+        kl = 0.5 * (limited_square(mean_) + torch.expm1(log_var_) - log_var_)
     else:
         prior_log_var_ = prior_log_var.to(compute).clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT)
         ratio, distance = log_var_ - prior_log_var_, mean_ - prior_mean.to(compute)
-        kl = 0.5 * (distance.square() * torch.exp(-prior_log_var_) + torch.expm1(ratio) - ratio)
+        kl = 0.5 * (limited_square(distance * torch.exp(-0.5 * prior_log_var_)) + torch.expm1(ratio) - ratio)
     return z.to(mean.dtype), kl.sum(-1) if sum_latent else kl
 
 
@@ -79,6 +82,12 @@ def reference_sample_kl_backward(
     )
     prior = _no_prior(mean) if prior_mean is None else (grads[2], grads[3])
     return grads[0], grads[1], *prior
+
+
+def limited_square(distance: Tensor) -> Tensor:
+    """Square of `distance` clamped to [-1e15, 1e15], with no gradient outside; NaN stays, in the gradient too."""
+    beyond = distance.abs() > DISTANCE_LIMIT
+    return distance.masked_fill(beyond, 0).square().masked_fill(beyond, DISTANCE_LIMIT**2)
 
 
 def z_shape(mean: Tensor, num_samples: int | None) -> tuple[int, ...]:
@@ -311,7 +320,8 @@ def gaussian_sample_kl(
     """Sample z ~ N(mean, exp(log_var)) with gradients, and its KL divergence from the prior, in one pass.
 
     Args:
-        mean: posterior means, (..., latent), float32, float64, bfloat16 or float16.
+        mean: posterior means, (..., latent), float32, float64, bfloat16 or float16. The KL takes a distance from the
+            prior's mean as at most 1e15 of its standard deviations, with no gradient beyond: it is finite.
         log_var: log of the posterior variances, like `mean`; clamped to [-40, 40].
         prior_mean: prior means, broadcastable to `mean`; 0 if None.
         prior_log_var: log of the prior variances, broadcastable to `mean`, clamped likewise; 0 if None.

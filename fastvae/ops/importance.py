@@ -5,7 +5,8 @@
     bound = logsumexp_s(log_likelihood_s + log_ratio_s) - log S
 
 The noise comes from :mod:`fastvae.ops.random` at element (s * N + n) * D + d and is made again in the backward pass,
-where nothing as large as z is kept; ``log_var`` is clamped to [-40, 40], with no gradient outside. Source: Burda,
+where nothing as large as z is kept; ``log_var`` is clamped to [-40, 40], and z to [-1e15, 1e15] where the ratio squares
+it, with no gradient outside. Source: Burda,
 Grosse & Salakhutdinov 2016, "Importance weighted autoencoders", eq. 8.
 """
 
@@ -27,7 +28,7 @@ from fastvae.ops.backend import (
     register,
 )
 from fastvae.ops.checks import check_float, check_like, check_samples
-from fastvae.ops.gaussian import LOG_VAR_LIMIT, check_log_var, noise_like, z_shape
+from fastvae.ops.gaussian import LOG_VAR_LIMIT, check_log_var, limited_square, noise_like, z_shape
 from fastvae.ops.random import seed_of
 
 
@@ -38,7 +39,7 @@ def reference_sample(mean: Tensor, log_var: Tensor, seed: Tensor, num_samples: i
     log_var_ = log_var.to(compute).clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT)
     noise = noise_like(mean, seed, num_samples)
     z = mean.to(compute) + torch.exp(0.5 * log_var_) * noise
-    return z.to(mean.dtype), 0.5 * (log_var_ + noise.square() - z.square()).sum(-1)
+    return z.to(mean.dtype), 0.5 * (log_var_ + noise.square() - limited_square(z)).sum(-1)
 
 
 def reference_sample_backward(

@@ -111,6 +111,19 @@ def test_no_elements(shape: tuple[int, int], device: str) -> None:
     assert [g.shape for g in grads] == [x.shape for x in operands[:3]]
 
 
+def test_extreme_means_and_factors_have_a_finite_divergence(device: str) -> None:
+    operands = [[1e4, -1e19, 1e20, 3e38], [-1e4, 1e4, 0.0, 1.0], [1.0, -1e20, 1e14, 3e38, 0.5, -2.0]]
+    mean, log_diagonal, lower = (torch.tensor([numbers], device=device) for numbers in operands)
+    seed, grad_z = torch.tensor([1], device=device), torch.zeros(1, 1, 4, device=device)
+    _, kl = full_gaussian.sample_kl_forward(mean, log_diagonal, lower, seed, 1)
+    grads = full_gaussian.sample_kl_backward(grad_z, torch.ones_like(kl), mean, log_diagonal, lower, seed)
+    squares = sum(t.double().clamp(-1e15, 1e15).square().sum() for t in (mean, lower))
+    torch.testing.assert_close(kl[0].double(), squares / 2, rtol=1e-5, atol=0)
+    for grad, operand in zip(grads, (mean, None, lower), strict=True):
+        assert torch.isfinite(grad).all()
+        assert operand is None or torch.equal(grad, operand.masked_fill(operand.abs() > 1e15, 0))
+
+
 def test_float64_is_refused(device: str) -> None:
     mean = torch.zeros(2, 3, dtype=torch.float64, device=device)
     with pytest.raises(TypeError, match=r"^mean: expected float32, bfloat16 or float16, got torch\.float64$"):

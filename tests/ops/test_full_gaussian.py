@@ -155,6 +155,21 @@ def test_extreme_diagonals_are_finite_and_their_gradients_stop(dtype, backend):
     assert (grads[1][log_diagonal.abs() == 20] != 0).all(), "the bounds are inside, as for torch.clamp"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_extreme_means_and_factors_have_a_finite_divergence(dtype, backend):
+    """In the KL's squares a number beyond 1e15 counts as that, and has no gradient."""
+    mean = torch.tensor([[1e4, -1e19, 1e20, 3e38]], dtype=dtype, requires_grad=True)
+    lower = torch.tensor([[1.0, -1e20, 1e14, 3e38, 0.5, -2.0]], dtype=dtype, requires_grad=True)
+    log_diagonal = torch.tensor([[-1e4, 1e4, 0.0, 1.0]], dtype=dtype, requires_grad=True)
+    kl = full_gaussian_sample_kl(mean, log_diagonal, lower, seed=SEED)[1]
+    grads = torch.autograd.grad(kl, (mean, lower, log_diagonal), torch.ones_like(kl))
+    squares = sum(t.detach().double().clamp(-1e15, 1e15).square().sum() for t in (mean, lower))
+    torch.testing.assert_close(kl[0].double(), squares / 2, rtol=1e-5, atol=0)
+    for grad, leaf in zip(grads, (mean, lower), strict=False):
+        assert torch.equal(grad, leaf.detach().masked_fill(leaf.abs() > 1e15, 0))
+    assert torch.isfinite(grads[2]).all()
+
+
 @pytest.mark.parametrize("num_samples", [None, 3])
 @pytest.mark.parametrize("latent", [37, 95])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)

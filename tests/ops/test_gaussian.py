@@ -156,6 +156,36 @@ def test_extreme_log_variances_are_finite_and_their_gradients_stop(dtype, prior,
         assert (grads[2][prior_log_var.abs() == 40] != 0).all()
 
 
+@pytest.mark.parametrize("prior", ["none", "shared", "full"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extreme_means_have_a_finite_divergence(dtype, prior, backend):
+    """A distance beyond 1e15 of the prior's standard deviations counts as that many, and has no gradient."""
+    means = torch.tensor([1e4, -1e14, 1e19, -1e20, 3e38], dtype=torch.float64)
+    mean = means.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype).repeat(3, 1).requires_grad_()
+    log_var = torch.tensor([-1e4, 0, 1e4]).to(dtype)[:, None].expand(3, 5).requires_grad_()
+    prior_log_vars = {"none": [], "shared": [-1e4, 0, 4, 1e4, -1e4], "full": [[-1e4] * 5] * 3}
+    prior_log_var = torch.tensor(prior_log_vars[prior])
+    priors = [torch.zeros_like(prior_log_var), prior_log_var] if prior != "none" else []
+    leaves = [mean, log_var, *(p.requires_grad_() for p in priors)]
+    z, kl = gaussian_sample_kl(*leaves[:2], **prior_arguments(priors), reduction="none", seed=SEED)
+    grads = torch.autograd.grad(kl, leaves, torch.ones_like(kl))
+    assert torch.isfinite(kl).all()
+    assert torch.isfinite(kl.sum())
+    if dtype != torch.float16:  # whose largest number is 65504
+        assert all(torch.isfinite(t).all() for t in (z, *grads[1:]))
+    limits = [log_var.detach().double().clamp(-40, 40), torch.zeros(5, dtype=torch.float64)]
+    if priors:
+        limits[1] = priors[1].detach().double().clamp(-40, 40)
+    ratio, std = limits[0] - limits[1], torch.exp(limits[1] / 2)
+    distance = mean.detach().double() / std
+    truth = 0.5 * (distance.clamp(-1e15, 1e15).square() + torch.expm1(ratio) - ratio)
+    torch.testing.assert_close(kl.double(), truth, rtol=1e-5, atol=0)
+    expected = torch.where(distance.abs() > 1e15, 0, distance / std)
+    fits = expected.abs() < torch.finfo(dtype).max
+    rounding, tiny = 2 * torch.finfo(dtype).eps + 1e-5, torch.finfo(dtype).tiny
+    torch.testing.assert_close(grads[0].double()[fits], expected[fits], rtol=rounding, atol=tiny)
+
+
 @pytest.mark.parametrize("prior", ["none", "full"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_stays_and_stays_where_it_is(dtype, prior, backend):

@@ -49,6 +49,15 @@ def test_without_bias(backend):
     torch.testing.assert_close(*grads)
 
 
+def test_extreme_means_have_a_finite_divergence(backend):
+    bias = torch.tensor([1e4, 1e20, -1e4, 1e4], requires_grad=True)
+    z, kl, *_ = gaussian_head(torch.ones(3, 1), torch.zeros(4, 1), bias, reduction="none", seed=SEED)
+    (grad,) = torch.autograd.grad(kl.sum(), bias)
+    torch.testing.assert_close(kl, torch.tensor([0.5e8, 0.5e30]).expand(3, 2))
+    assert torch.isfinite(z).all()
+    torch.testing.assert_close(grad, torch.tensor([3e4, 0, 0, 0]))
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("batch", "hidden", "latent"), [((0,), 4, 3), ((2, 0), 4, 3), ((3,), 0, 2), ((3,), 4, 0)])
 def test_zero_sizes(batch, hidden, latent, backend):

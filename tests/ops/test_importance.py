@@ -92,6 +92,19 @@ def test_extreme_log_variances_are_finite_and_their_gradients_stop(dtype, backen
     assert (grads[1][log_var.abs() == 40] != 0).all(), "the bounds are inside, as for torch.clamp"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_extreme_means_have_finite_ratios(dtype, backend):
+    """A sample beyond 1e15 counts as that in the square, and has no gradient from there."""
+    mean = torch.tensor([1e4, -1e19, 1e20, 3e38]).repeat(3, 1).to(dtype).requires_grad_()
+    log_var = torch.tensor([-1e4, 0.0, 1e4])[:, None].expand(3, 4).to(dtype).requires_grad_()
+    z, log_ratio = gaussian_sample_log_ratio(mean, log_var, 2, seed=SEED)
+    grads = torch.autograd.grad(log_ratio, (mean, log_var), torch.ones_like(log_ratio))
+    assert all(torch.isfinite(t).all() for t in (z, log_ratio, *grads))
+    assert (log_ratio <= -1e30).all()
+    assert (grads[0][:, 1:] == 0).all()
+    assert (grads[0][0, 0] + 2e4).abs() < 200
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_stays_and_stays_where_it_is(dtype, backend):
     leaves = [tensor.detach() for tensor in operands((4, 37), dtype)]
