@@ -83,7 +83,7 @@ class _Problem:
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1, 2), (1, 17, 2, 33, 7, 257), (2, 5, 4, 7, 33, 11)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1, 2), (1, 17, 2, 33, 7, 257), (2, 3, 3, 7, 33, 11)], ids=str)
 def test_matches_float64(
     sizes: tuple[int, ...], dtype: torch.dtype, device: str, assert_within_budget: Callable
 ) -> None:
@@ -116,16 +116,15 @@ def test_padding_is_zero_and_states_stop_at_the_length(device: str) -> None:
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("wrong", [-1, 11])
-def test_a_token_out_of_range_gives_nan(wrong: int, device: str) -> None:
+def test_a_token_out_of_range_gives_nan(device: str) -> None:
     problem = _Problem((2, 6, 5, 7, 33, 11), torch.float32, 0.0)
-    problem.lengths[3:5] = 4
-    problem.tokens[3, 2] = wrong
-    problem.tokens[4, 4] = wrong  # in the padding: never read
+    problem.lengths[2:] = 4
+    problem.tokens[2:5, 2] = torch.tensor([-1, 11, 2**40])
+    problem.tokens[5, 4] = 11  # in the padding: never read
     (hidden, h_n, c_n), grads = problem.kernels(device)
-    assert hidden[[3, 9], 2:4].isnan().all()
-    assert hidden.isnan().sum() == 2 * 2 * 33
-    assert h_n.isnan().all(-1).tolist() == c_n.isnan().all(-1).tolist() == [b == 3 for b in range(6)] * 2
+    assert hidden.unflatten(0, (2, 6))[:, 2:5, 2:4].isnan().all()
+    assert hidden.isnan().sum() == 2 * 3 * 2 * 33
+    assert h_n.isnan().all(-1).tolist() == c_n.isnan().all(-1).tolist() == [2 <= b < 5 for b in range(6)] * 2
     assert all(g.isnan().any() for g in grads)
 
 

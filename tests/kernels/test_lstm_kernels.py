@@ -101,7 +101,7 @@ def test_what_fits_on_chip(hidden_size: int, dtype: torch.dtype, precision: str,
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("sizes", "samples"),
-    [((1, 1, 1, 1, 2), 1), ((33, 3, 33, 7, 257), 1), ((5, 4, 7, 33, 11), 7)],
+    [((1, 1, 1, 1, 2), 1), ((33, 3, 33, 7, 257), 1), ((3, 3, 7, 33, 11), 7)],
     ids=str,
 )
 def test_matches_float64(
@@ -164,16 +164,15 @@ def test_word_dropout_follows_the_stream(probability: float, device: str) -> Non
 
 
 @pytest.mark.usefixtures("poison", "launches")
-@pytest.mark.parametrize("wrong", [-1, 11, 2**40])
-def test_a_token_out_of_range_gives_nan(wrong: int, device: str) -> None:
+def test_a_token_out_of_range_gives_nan(device: str) -> None:
     problem = _Problem((7, 5, 7, 33, 11), torch.float32, 0.0)
-    problem.lengths[3:5] = 4
-    problem.tokens[3, 2] = wrong
-    problem.tokens[4, 4] = wrong  # in the padding: never read
+    problem.lengths[2:6] = 4
+    problem.tokens[2:5, 2] = torch.tensor([-1, 11, 2**40])
+    problem.tokens[5, 4] = 11  # in the padding: never read
     (hidden, h_n, c_n), grads = problem.kernels(device)
-    assert hidden[3, 2:4].isnan().all()
-    assert hidden.isnan().sum() == 2 * 33
-    assert h_n.isnan().all(-1).tolist() == c_n.isnan().all(-1).tolist() == [b == 3 for b in range(7)]
+    assert hidden[2:5, 2:4].isnan().all()
+    assert hidden.isnan().sum() == 3 * 2 * 33
+    assert h_n.isnan().all(-1).tolist() == c_n.isnan().all(-1).tolist() == [2 <= b < 5 for b in range(7)]
     assert all(g.isnan().any() for g in grads)
 
 

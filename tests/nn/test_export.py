@@ -73,6 +73,7 @@ def test_modules_and_programs_write_as_generate(decoder):
         assert_writes_as_generate(start.module(), step.module(), decoder, batch)
 
 
+@pytest.mark.parametrize("decoder", SHAPES[1:], indirect=True)
 def test_onnxruntime_writes_as_generate(decoder, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     paths = export_onnx(decoder, tmp_path / "new" / "folder")

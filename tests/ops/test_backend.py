@@ -1,5 +1,6 @@
 """The backends as a whole: instruction sets, a missing core, what an import loads, what `describe` tells."""
 
+import functools
 import os
 import platform
 import subprocess
@@ -18,6 +19,22 @@ HERE = str(Path(__file__).parent)
 RUN_CASES = f"import runpy\nrunpy.run_path({HERE + '/cases.py'!r}, run_name='__main__')\n"
 # As if there were no core: this process's import of it fails.
 WITHOUT_CORE = "import sys; sys.modules['fastvae._C'] = None\n"
+SOLVE = """
+import sys
+import torch
+from fastvae.functional import dictionary_update, sparse_encode
+results = []
+for dtype, tol in ((torch.float32, 3e-6), (torch.float64, 1e-12)):
+    random = torch.Generator().manual_seed(0)
+    dictionary = torch.nn.functional.normalize(torch.randn(57, 33, generator=random)).to(dtype).requires_grad_()
+    x = torch.nn.functional.normalize(torch.randn(40, 33, generator=random)).to(dtype)
+    codes = sparse_encode(x, dictionary, 0.15, tol=tol)
+    (codes ** 3).sum().backward()
+    codes = codes.detach()
+    renewed = dictionary_update(dictionary.detach(), codes.T @ codes, codes.T @ x)
+    results.append((codes, dictionary.grad, renewed))
+torch.save(results, sys.argv[2])
+"""
 
 
 def python(*arguments, isa=None):
@@ -52,12 +69,19 @@ def test_the_fixture_switches_backends(backend):
 
 
 @pytest.fixture(scope="module")
-def without_core(tmp_path_factory):
-    """Every case on the reference, from a process without the core, and what that process complained of."""
-    path = tmp_path_factory.mktemp("reference") / "results.pt"
-    process = python("-c", WITHOUT_CORE + RUN_CASES, str(path))
-    assert process.returncode == 0, process.stderr
-    return torch.load(path), process.stderr
+def run_all(tmp_path_factory):
+    """Give every case, what the solvers found and the complaints of a process with one instruction set, or no core."""
+
+    @functools.cache
+    def run(isa):
+        folder = tmp_path_factory.mktemp(isa or "reference")
+        first = f"import fastvae._C as core; assert core.isa() == {isa!r}\n" if isa else WITHOUT_CORE
+        paths = [folder / "cases.pt", folder / "solved.pt"]
+        process = python("-c", first + RUN_CASES + SOLVE, *map(str, paths), isa=isa)
+        assert process.returncode == 0, process.stderr
+        return *map(torch.load, paths), process.stderr
+
+    return run
 
 
 def assert_agrees(ours, expected):
@@ -72,44 +96,18 @@ def assert_agrees(ours, expected):
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_instruction_sets_agree_with_the_reference(isa, without_core, tmp_path):
+def test_instruction_sets_agree_with_the_reference(isa, run_all):
     if isa not in needs_core().isas():
         pytest.skip(f"this machine or build has no {isa}")
-    check = f"import fastvae._C as core; assert core.isa() == {isa!r}\n"
-    process = python("-c", check + RUN_CASES, str(tmp_path / "ours.pt"), isa=isa)
-    assert process.returncode == 0, process.stderr
-    assert process.stderr == ""
-    assert_agrees(torch.load(tmp_path / "ours.pt"), without_core[0])
+    cases, _, complaints = run_all(isa)
+    assert complaints == ""
+    assert_agrees(cases, run_all(None)[0])
 
 
-SOLVE = """
-import sys
-import torch
-from fastvae.functional import dictionary_update, sparse_encode
-results = []
-for dtype, tol in ((torch.float32, 3e-6), (torch.float64, 1e-12)):
-    random = torch.Generator().manual_seed(0)
-    dictionary = torch.nn.functional.normalize(torch.randn(57, 33, generator=random)).to(dtype).requires_grad_()
-    x = torch.nn.functional.normalize(torch.randn(40, 33, generator=random)).to(dtype)
-    codes = sparse_encode(x, dictionary, 0.15, tol=tol)
-    (codes ** 3).sum().backward()
-    codes = codes.detach()
-    renewed = dictionary_update(dictionary.detach(), codes.T @ codes, codes.T @ x)
-    results.append((codes, dictionary.grad, renewed))
-torch.save(results, sys.argv[1])
-"""
-
-
-def test_instruction_sets_solve_alike(tmp_path):
+def test_instruction_sets_solve_alike(run_all):
     """Solvers agree with the reference's other method to their tolerance, not to rounding."""
-    solved = {}
-    for isa in (None, *needs_core().isas()):
-        path = tmp_path / f"{isa}.pt"
-        process = python("-W", "ignore", "-c", SOLVE if isa else WITHOUT_CORE + SOLVE, str(path), isa=isa)
-        assert process.returncode == 0, process.stderr
-        solved[isa] = torch.load(path)
     for isa in needs_core().isas():
-        for ours, reference, tolerance in zip(solved[isa], solved[None], (3e-4, 1e-9), strict=True):
+        for ours, reference, tolerance in zip(run_all(isa)[1], run_all(None)[1], (3e-4, 1e-9), strict=True):
             for mine, theirs in zip(ours, reference, strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance, msg=lambda m, i=isa: f"{i}: {m}")
 
@@ -136,8 +134,8 @@ def test_unknown_instruction_set_is_refused():
     assert "got 'AVX2'" in process.stderr
 
 
-def test_without_a_core_all_works_after_one_warning(without_core):
-    reference, stderr = without_core
+def test_without_a_core_all_works_after_one_warning(run_all):
+    reference, _, stderr = run_all(None)
     assert stderr.count("Warning") == 1
     assert "CPU ops run on the slower reference path" in stderr
     assert "pip install" in stderr, "the warning says how to get it"
