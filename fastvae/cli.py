@@ -451,9 +451,8 @@ def _evaluate_array(arguments: argparse.Namespace, loaded: _Loaded) -> int:
     if result.iw_nll is not None:
         rows.append(("IW-NLL", f"{result.iw_nll:.4f}", f"nats {unit}, {result.iw_samples} samples"))
     rows.append(("active units", f"{result.active_units} of {result.latent_dim}", ""))
-    if result.mutual_information is not None:
-        limit = f"nats, from {result.mutual_information_rows} posteriors"
-        rows.append(("I(z;x)", f"{result.mutual_information:.4f}", limit))
+    limit = f"nats, from {result.mutual_information_rows} posteriors"
+    rows.append(("I(z;x)", f"{result.mutual_information:.4f}", limit))
     _show(title, rows)
     print("KL of each dimension of z, largest first:")
     order = sorted(range(result.latent_dim), key=lambda d: -result.kl_per_dimension[d])

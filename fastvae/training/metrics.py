@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from fastvae.training.array_models import ArrayModel
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016
+_KEPT_NUMBERS = 1 << 26  # of the posteriors kept for I(z;x)
+_PAIR_NUMBERS = 1 << 22  # of the largest tensor on the way to I(z;x) of full covariances
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +98,14 @@ class ArrayEvaluation(VAEFigures):
 
     Args:
         kl_per_dimension: KL of each dimension of z, which sum to the KL; of a full posterior that of each marginal.
-        mutual_information: as in `Evaluation`, from `mutual_information_rows` posteriors; None for a full posterior.
+        mutual_information: as in `Evaluation`, from `mutual_information_rows` posteriors.
         bits_per_dimension: -ELBO in bits over the numbers of a row, where that is a code length: of classes, and of
             numbers that are 0 or 1; else None.
         rows: how many were evaluated.
     """
 
     kl_per_dimension: list[float]
-    mutual_information: float | None
+    mutual_information: float
     mutual_information_rows: int
     bits_per_dimension: float | None
     rows: int
@@ -159,7 +161,12 @@ class RunningMoments:
 
 
 class PosteriorSample:
-    """A uniform sample of posteriors from a stream, of bounded size (reservoir sampling, Vitter 1985)."""
+    """A uniform sample of posteriors from a stream, of bounded size (reservoir sampling, Vitter 1985).
+
+    Args:
+        size: posteriors kept at most; fewer where they would take more than half a GiB.
+        seed: of the choice.
+    """
 
     def __init__(self, size: int, seed: int = 0) -> None:
         self.size = size
@@ -167,16 +174,22 @@ class PosteriorSample:
         self.rows: list[torch.Tensor] = []
         self._generator = torch.Generator().manual_seed(seed)
 
-    def update(self, mean: torch.Tensor, log_var: torch.Tensor) -> None:
-        """Add a batch of posteriors, each of shape (batch, latent)."""
-        for row in torch.stack((mean, log_var), 1).to("cpu", torch.float64):
+    def update(self, *parameters: torch.Tensor) -> None:
+        """Add a batch of posteriors, the same parameters each time: mean (batch, latent), then its spread."""
+        self._widths = [part.shape[1] for part in parameters]
+        size = max(1, min(self.size, _KEPT_NUMBERS // max(1, sum(self._widths))))
+        for row in torch.cat(parameters, 1).to("cpu", torch.float64):
             self.seen += 1
-            if len(self.rows) < self.size:
+            if len(self.rows) < size:
                 self.rows.append(row)
                 continue
             place = int(torch.randint(self.seen, (), generator=self._generator))
-            if place < self.size:
+            if place < size:
                 self.rows[place] = row
+
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """Return what was kept as it was given, in float64."""
+        return torch.stack(self.rows).split(self._widths, 1)
 
 
 def mutual_information(mean: torch.Tensor, log_var: torch.Tensor, *, seed: int = 0) -> float:
@@ -196,6 +209,34 @@ def mutual_information(mean: torch.Tensor, log_var: torch.Tensor, *, seed: int =
     """
     draw = torch.tensor([seed], device=mean.device)
     return functional.mutual_information(mean.double(), log_var.double(), seed=draw).item()
+
+
+def full_mutual_information(
+    mean: torch.Tensor, log_diagonal: torch.Tensor, lower: torch.Tensor, *, seed: int = 0
+) -> float:
+    """Estimate I(z;x) as `mutual_information` does, of posteriors of full covariance.
+
+    The log-densities of all z under some posteriors at a time come from triangular solves with their Cholesky factors,
+    so that nothing of size (rows, rows) is stored.
+
+    Args:
+        mean, log_diagonal, lower: posteriors in float64, (rows, ...), as `functional.full_gaussian_sample_kl` has them.
+        seed: of the draws.
+    """
+    rows, latent = mean.shape
+    scale = functional.scale_tril(log_diagonal, lower)
+    draws = torch.Generator().manual_seed(seed)
+    noise = torch.randn(mean.shape, dtype=mean.dtype, generator=draws).to(mean.device)
+    z = mean + (scale @ noise[..., None]).squeeze(-1)
+    normalizer = -scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # and of all: -latent/2 log(2 pi), which drops out
+    mixture = mean.new_full((rows,), -math.inf)
+    chunk = max(1, _PAIR_NUMBERS // max(1, rows * latent))
+    for centre, factor, constant in zip(mean.split(chunk), scale.split(chunk), normalizer.split(chunk), strict=True):
+        white = torch.linalg.solve_triangular(factor, (z - centre[:, None]).mT, upper=False)  # (chunk, latent, rows)
+        density = constant[:, None] - 0.5 * white.square().sum(1)
+        mixture = torch.logaddexp(mixture, density.logsumexp(0))
+    own = normalizer - 0.5 * noise.square().sum(-1)
+    return float((own - mixture).mean() + math.log(rows))
 
 
 @torch.no_grad()
@@ -252,7 +293,7 @@ def evaluate(
         raise ValueError("there are no sentences to evaluate")
     nll, kl, iw_total, tokens_total = sums.tolist()
     _require_finite(nll, kl, iw_total)
-    kept = torch.stack(posteriors.rows)
+    kept = posteriors.parameters()
     return Evaluation(
         neg_elbo=(nll + kl) / sentences,
         nll=nll / sentences,
@@ -262,9 +303,9 @@ def evaluate(
         iw_ppl=perplexity(iw_total, tokens_total) if iw_samples else None,
         iw_samples=iw_samples,
         active_units=int((moments.variance > ACTIVE_VARIANCE).sum()),
-        latent_dim=kept.shape[-1],
-        mutual_information=mutual_information(kept[:, 0], kept[:, 1], seed=seed),
-        mutual_information_sentences=len(kept),
+        latent_dim=kept[0].shape[1],
+        mutual_information=mutual_information(*kept, seed=seed),
+        mutual_information_sentences=len(kept[0]),
         sentences=sentences,
         tokens=int(tokens_total),
         data=data,
@@ -322,12 +363,13 @@ def evaluate_array(
             log_var = spread[0] if diagonal else functional.scale_tril(*spread).square().sum(-1).log()
             kl_per_dimension += functional.gaussian_kl(mean, log_var, reduction="none").double().sum(0)
             moments.update(mean)
-            posteriors.update(mean, log_var)
+            posteriors.update(mean, *spread)
     if not rows:
         raise ValueError("there are no rows to evaluate")
     _require_finite(nll, kl, iw_nll)
     assert isinstance(kl_per_dimension, Tensor)
-    kept = torch.stack(posteriors.rows)
+    kept = posteriors.parameters()
+    information = mutual_information if diagonal else full_mutual_information
     discrete = vae.likelihood == "categorical" or (vae.likelihood == "bernoulli" and model.scaling.kind == "binary")
     bits = (nll + kl) / rows / math.prod(model.scaling.shape) / math.log(2)
     return ArrayEvaluation(
@@ -337,10 +379,10 @@ def evaluate_array(
         iw_nll=iw_nll / rows if iw_samples else None,
         iw_samples=iw_samples,
         active_units=int((moments.variance > ACTIVE_VARIANCE).sum()),
-        latent_dim=kept.shape[-1],
+        latent_dim=kept[0].shape[1],
         kl_per_dimension=(kl_per_dimension / rows).tolist(),
-        mutual_information=mutual_information(kept[:, 0], kept[:, 1], seed=seed) if diagonal else None,
-        mutual_information_rows=len(kept),
+        mutual_information=information(*kept, seed=seed),
+        mutual_information_rows=len(kept[0]),
         bits_per_dimension=bits if discrete else None,
         rows=rows,
         data=data,

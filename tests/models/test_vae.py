@@ -395,7 +395,7 @@ def test_extreme_variances_stay_finite(estimator, posterior, log_var):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
 @pytest.mark.parametrize("posterior", POSTERIORS)
-def test_what_overflows_is_infinite_and_never_nan(posterior, likelihood, dtype):
+def test_huge_means_are_never_nan(posterior, likelihood, dtype):
     big = 6e4 if dtype == torch.float16 else 1e20
     for estimator in ESTIMATORS:
         torch.manual_seed(0)
@@ -407,7 +407,7 @@ def test_what_overflows_is_infinite_and_never_nan(posterior, likelihood, dtype):
         output.loss.backward()
         assert not output.loss.isnan()
         assert not output.nll.isnan().any()
-        assert output.kl.isfinite().all() == (dtype in (torch.float64, torch.float16))  # 5e39 is above float32's range
+        assert output.kl.isfinite().all()
         if output.loss.isfinite() and dtype != torch.float16:  # where the gradients themselves are out of range
             assert all(p.grad.isfinite().all() for p in model.parameters())
 

@@ -21,7 +21,7 @@ from fastvae.training.array_models import ArrayModel
 from fastvae.training.array_module import ArrayModule
 from fastvae.training.checkpoint import load_run, read_checkpoint
 from fastvae.training.config import CONFIGS, RunConfig, read_yaml
-from fastvae.training.metrics import evaluate_array, evaluate_autoencoder
+from fastvae.training.metrics import evaluate_array, evaluate_autoencoder, full_mutual_information
 from fastvae.training.metrics_file import read_metrics
 from fastvae.training.module import _VALIDATION_SEED, NonFiniteLossError
 from fastvae.training.run import train
@@ -419,7 +419,9 @@ def test_bits_of_binary_numbers_and_marginals_of_a_full_posterior(settings):
     model, samples = loaded(config)
     figures = evaluate_array(model, [every(samples)])
     assert figures.bits_per_dimension == pytest.approx(figures.neg_elbo / 30 / math.log(2))
-    assert figures.mutual_information is None
+    posteriors = model.model.encode(model.input(every(samples)))
+    information = full_mutual_information(*(p.detach().double() for p in posteriors))
+    assert figures.mutual_information == pytest.approx(information)
     assert sum(figures.kl_per_dimension) <= figures.kl * (1 + 1e-4)  # correlations cost what marginals do not show
 
 

@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from fastvae.data import TextBatch, collate
-from fastvae.functional import gaussian_sample_kl
+from fastvae.functional import gaussian_sample_kl, scale_tril
 from fastvae.models import SentenceVAE
+from fastvae.training import metrics
 from fastvae.training.metrics import (
     PosteriorSample,
     RunningMoments,
     evaluate,
+    full_mutual_information,
     mutual_information,
 )
 
@@ -45,8 +47,10 @@ def test_posterior_sample_is_uniform_over_the_stream():
     for seed in range(400):
         sample = PosteriorSample(4, seed)
         for value in torch.arange(10.0).split(3):
-            sample.update(value[:, None], torch.zeros(len(value), 1))
-        kept = torch.stack(sample.rows)[:, 0, 0].long()
+            sample.update(value[:, None], torch.zeros(len(value), 2))
+        kept, spread = sample.parameters()
+        assert spread.shape == (4, 2)
+        kept = kept[:, 0].long()
         assert len(set(kept.tolist())) == 4
         counts[kept] += 1
     assert ((counts / 400 - 0.4).abs() < 0.1).all()  # four standard errors
@@ -67,6 +71,23 @@ def test_mutual_information_against_a_plain_sum():
     joint = normal.log_prob(z[:, None]).sum(-1)
     expected = (joint.diagonal() - joint.logsumexp(1) + math.log(300)).mean()
     assert mutual_information(mean, log_var, seed=5) == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("pairs", [1 << 22, 1000])
+def test_mutual_information_of_full_covariances_against_a_plain_sum(pairs, monkeypatch):
+    monkeypatch.setattr(metrics, "_PAIR_NUMBERS", pairs)  # with 1000, a posterior at a time
+    generator = torch.Generator().manual_seed(3)
+    mean, log_diagonal, lower = (torch.randn(300, n, generator=generator, dtype=torch.float64) for n in (3, 3, 3))
+    lower *= 2
+    scale = scale_tril(log_diagonal, lower)
+    noise = torch.randn(300, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    z = mean + torch.einsum("nij, nj -> ni", scale, noise)
+    joint = torch.distributions.MultivariateNormal(mean, scale_tril=scale).log_prob(z[:, None])
+    expected = (joint.diagonal() - joint.logsumexp(1) + math.log(300)).mean()
+    assert full_mutual_information(mean, log_diagonal, lower, seed=5) == pytest.approx(float(expected), rel=1e-9)
+    kept = PosteriorSample(300)
+    kept.update(mean, log_diagonal, lower)
+    assert full_mutual_information(*kept.parameters(), seed=5) == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_evaluation_equals_sums_by_hand(model, batches):
