@@ -10,12 +10,13 @@
 namespace fastvae::FASTVAE_ISA {
 namespace {
 
-constexpr int64_t kGroup = 32;       // components side by side in vectors
-constexpr int64_t kRowBlock = 36;    // points at a time, whose log-densities with
-constexpr int64_t kBlockGroups = 8;  // groups of components stay in the first-level cache
-constexpr int64_t kCache = 1 << 19;  // bytes of components and their gradients to stay in the second-level cache
-constexpr int64_t kSummed = 16;      // dimensions in one sum
-constexpr int64_t kGrain = 1 << 15;  // points * components * dimensions worth a thread
+constexpr int64_t kGroup = 32;        // components side by side in vectors
+constexpr int64_t kRowBlock = 36;     // points at a time, whose log-densities with
+constexpr int64_t kBlockGroups = 8;   // groups of components stay in the first-level cache
+constexpr int64_t kPacked = 1 << 19;  // bytes of components laid out at a time, for all points
+constexpr int64_t kCache = 1 << 19;   // bytes of components and their gradients to stay in the second-level cache
+constexpr int64_t kSummed = 16;       // dimensions in one sum
+constexpr int64_t kGrain = 1 << 15;   // points * components * dimensions worth a thread
 constexpr double kHalfLogTwoPi = 0.91893853320467274;
 // Weights smaller than its exponential count as zero: they change no digit of a sum of weights, which is 1, and numbers
 // below the normal range would slow the arithmetic down a hundredfold.
@@ -169,6 +170,13 @@ FASTVAE_INLINE void add(LogSum &total, const T *values, int64_t count) {
   total.sum += double(sum);
 }
 
+// Groups of components that the forward pass lays out at a time: whole blocks, the same for any number of threads.
+template <typename T>
+FASTVAE_INLINE int64_t packed_groups(const Mixture &p) {
+  const int64_t blocks = kPacked / (kBlockGroups * group_size(p.latent) * int64_t(sizeof(T)));
+  return min(group_count(p), max<int64_t>(1, blocks) * kBlockGroups);
+}
+
 template <typename T>
 FASTVAE_INLINE int threads_of(const Mixture &p) {
   const double work = double(p.rows) * double(p.components) * double(max<int64_t>(p.latent, 8));
@@ -179,34 +187,37 @@ template <typename T>
 void forward(const Mixture &p) {
   const T *z = static_cast<const T *>(p.z);
   T *log_density = static_cast<T *>(p.log_density), *packed = static_cast<T *>(p.memory);
-  const int64_t groups = group_count(p), size = group_size(p.latent);
+  const int64_t groups = group_count(p), size = group_size(p.latent), at_once = packed_groups<T>(p);
+  LogSum *sums = reinterpret_cast<LogSum *>(packed + at_once * size);
   const int threads = threads_of<T>(p);
   const int64_t row_block = max<int64_t>(1, min(kRowBlock, (p.rows + threads - 1) / threads));
   const double log_components = std::log(double(p.components));
 
 #pragma omp parallel num_threads(threads)
-  {
+  for (int64_t start = 0; start < groups; start += at_once) {
+    const int64_t end = min(groups, start + at_once);
 #pragma omp for schedule(static)
-    for (int64_t group = 0; group < groups; ++group) pack_group(p, group, packed + group * size);
+    for (int64_t group = start; group < end; ++group) pack_group(p, group, packed + (group - start) * size);
 
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < p.rows; first += row_block) {
       const int64_t rows = min(row_block, p.rows - first);
       alignas(64) T block[kRowBlock * kBlockGroups * kGroup];
-      LogSum sums[kRowBlock];
-      for (int64_t r = 0; r < rows; ++r) sums[r] = {-HUGE_VAL, 0};
-      for (int64_t group = 0; group < groups; group += kBlockGroups) {
-        const int64_t count = min(kBlockGroups, groups - group);
+      for (int64_t r = first; start == 0 && r < first + rows; ++r) sums[r] = {-HUGE_VAL, 0};
+      for (int64_t group = start; group < end; group += kBlockGroups) {
+        const int64_t count = min(kBlockGroups, end - group);
         for (int64_t g = 0; g < count; ++g) {
           for (int64_t r = 0; r < rows; r += kTileRows<T>) {
             log_densities_of<T, kTileRows<T>>(min<int64_t>(kTileRows<T>, rows - r), p.latent,
-                                              z + (first + r) * p.latent, packed + (group + g) * size,
+                                              z + (first + r) * p.latent, packed + (group - start + g) * size,
                                               block + (r * kBlockGroups + g) * kGroup, kBlockGroups * kGroup);
           }
         }
-        for (int64_t r = 0; r < rows; ++r) add(sums[r], block + r * kBlockGroups * kGroup, count * kGroup);
+        for (int64_t r = 0; r < rows; ++r) add(sums[first + r], block + r * kBlockGroups * kGroup, count * kGroup);
       }
-      for (int64_t r = 0; r < rows; ++r) log_density[first + r] = T(sums[r].value() - log_components);
+      for (int64_t r = first; end == groups && r < first + rows; ++r) {
+        log_density[r] = T(sums[r].value() - log_components);
+      }
     }
   }
 }
@@ -290,8 +301,9 @@ void backward(const Mixture &p) {
 
 template <typename T>
 int64_t workspace(const Mixture &p, bool backward) {
+  const int64_t at_once = packed_groups<T>(p) * group_size(p.latent);
+  if (!backward) return at_once * int64_t(sizeof(T)) + p.rows * int64_t(sizeof(LogSum));
   const int64_t packed = group_count(p) * group_size(p.latent);
-  if (!backward) return packed * int64_t(sizeof(T));
   const int64_t thread = kTileRows<T> * p.latent * kWidth<T> + p.rows * p.latent;
   return (2 * packed + p.threads * thread) * int64_t(sizeof(T));
 }

@@ -19,6 +19,7 @@ from fastvae.ops.gaussian import LOG_VAR_LIMIT, gaussian_sample_kl
 
 _LOG_2_PI = math.log(2 * math.pi)
 _REFERENCE_ELEMENTS = 1 << 22  # of the reference's largest tensor
+_OWN_ELEMENTS = 1 << 15  # of the temporaries of each z's density under its own posterior
 
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -218,8 +219,17 @@ def mutual_information(
     mean, log_var = (t.to(compute_dtype(mean)) for t in (mean, log_var))
     z, _ = gaussian_sample_kl(mean, log_var, generator=generator, seed=seed)
     # Both densities are those of z as it was rounded: what rounding does to one it does to the other.
-    ratio = gaussian_log_density(z, mean, log_var) - _Mixture.apply(z, mean, log_var)
+    ratio = _own_log_density(z, mean, log_var) - _Mixture.apply(z, mean, log_var)
     return ratio.sum() / max(mean.shape[0], 1)
+
+
+def _own_log_density(*operands: Tensor) -> Tensor:
+    # Some rows at a time: the temporaries of all would be most of what mutual_information needs.
+    rows, latent = operands[0].shape
+    chunk = max(1, _OWN_ELEMENTS // max(1, latent))
+    if rows <= chunk:
+        return gaussian_log_density(*operands)
+    return torch.cat([gaussian_log_density(*parts) for parts in zip(*(t.split(chunk) for t in operands), strict=True)])
 
 
 def _check_log_var(mean: Tensor, log_var: Tensor) -> None:

@@ -49,6 +49,14 @@ def test_matches_float64(shape, dtype, backend, assert_within_budget):
         assert_within_budget(name, *values, 8 + size if values[0].dtype.itemsize > 2 else 0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("components", [256, 257, 1000])
+def test_components_laid_out_some_at_a_time(components, dtype, backend):
+    operand = [t.detach() for t in operands((41, components, 129), dtype)]  # in C++, 256 or 128 at a time
+    exact = posterior.reference(*(t.double() for t in operand))
+    torch.testing.assert_close(mixture_log_density(*operand).double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
 def test_is_that_of_torch_distributions(backend):
     z, mean, log_var = (t.detach() for t in operands((33, 40, 7), torch.float64))
     components = Independent(Normal(mean, (0.5 * log_var).exp()), 1)
@@ -195,7 +203,8 @@ def test_information_of_separate_and_of_equal_posteriors(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_information_against_a_plain_sum(dtype, backend):
+def test_information_against_a_plain_sum(dtype, backend, monkeypatch):
+    monkeypatch.setattr(posterior, "_OWN_ELEMENTS", 64)  # 32 rows at a time
     _, mean, log_var = (t.detach() for t in operands((1, 300, 2), dtype))
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     z = gaussian_sample_kl(mean.to(compute), log_var.to(compute), seed=SEED)[0].double()
