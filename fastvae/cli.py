@@ -22,6 +22,8 @@ from fastvae.training.config import (
     config_class,
     read_yaml,
     setting_type,
+    settings_names,
+    settings_path,
     sizes,
 )
 
@@ -184,10 +186,13 @@ def _reject(parser: argparse.ArgumentParser, argument: str) -> NoReturn:
 def _model_named(argv: Sequence[str]) -> str:
     """Return the model whose settings the help of `train` shows."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--model", choices=CONFIGS, default=TrainConfig.model)
+    parser.add_argument("--model", choices=CONFIGS)
+    parser.add_argument("--config")
     try:
-        return parser.parse_known_args(argv)[0].model
-    except argparse.ArgumentError:  # told by the parser of `train`
+        known = parser.parse_known_args(argv)[0]
+        settings = read_yaml(settings_path(known.config)) if known.config and not known.model else {}
+        return known.model or settings.get("model", TrainConfig.model)
+    except (argparse.ArgumentError, OSError, ValueError, ModuleNotFoundError):  # told by `train`
         return TrainConfig.model
 
 
@@ -247,6 +252,7 @@ examples:
   fastvae train --data sentences.txt --out run
   fastvae train --data ptb --word-dropout 0.25 --kl-schedule linear --kl-steps 4000 --epochs 4
   fastvae train --config settings.yaml --lr 5e-4      flags override the file
+  fastvae train --config ptb_lstm_4_epochs --out ptb  settings that come with the package
   fastvae train --out run --resume                    continue after Ctrl-C or a crash
   fastvae train --data big.txt --streaming --valid valid.txt --kl-steps 10000 --devices 2
 
@@ -280,8 +286,9 @@ def _add_train(parser: _Parser, config: type[RunConfig]) -> None:
     """Add the settings of all models, so that any file and any run goes with flags; the help shows those of one."""
     text = issubclass(config, TextConfig)
     model = "" if config is TrainConfig else f" --model {config.__dataclass_fields__['model'].default}"
-    parser.usage = f"fastvae train{model} --data NAME|PATH [--out FOLDER] [--config FILE] [--resume] [settings]"
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, named as the flags, - as _")
+    parser.usage = f"fastvae train{model} --data NAME|PATH [--out FOLDER] [--config NAME|FILE] [--resume] [settings]"
+    told = f"YAML file of settings, named as the flags, - as _; or one of {', '.join(settings_names())}"
+    parser.add_argument("--config", metavar="NAME|FILE", help=told)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     known = config.__dataclass_fields__
@@ -314,7 +321,7 @@ _METAVARS = {"data": "NAME|PATH", "valid": "FILE", "out": "FOLDER", "accelerator
 def _train(arguments: argparse.Namespace) -> int:
     known = {name for config in CONFIGS.values() for name in config.__dataclass_fields__}
     flags: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name in known}
-    settings = read_yaml(arguments.config, flags.get("model")) if arguments.config else {}
+    settings = read_yaml(settings_path(arguments.config), flags.get("model")) if arguments.config else {}
     settings |= flags
     if arguments.resume:
         out = settings.get("out", TrainConfig.out)

@@ -112,6 +112,7 @@ def test_info_needs_torch_and_numpy_only():
 
 
 def test_missing_packages_are_named_with_the_remedy(monkeypatch, capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("epochs: 1")
     monkeypatch.setitem(sys.modules, "yaml", None)
     line = fails(capsys, "train", "--config", str(tmp_path / "c.yaml"))
     assert line.endswith("this command needs pyyaml, which is not installed: pip install 'fastvae[train]'")
@@ -129,7 +130,26 @@ def test_mistakes_of_a_settings_file(capsys, tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("data: x\nlatent_dims: 3\n")
     assert "unknown setting 'latent_dims'; did you mean 'latent_dim'?" in fails(capsys, "train", "--config", str(path))
-    assert "no settings file at" in fails(capsys, "train", "--config", str(tmp_path / "absent.yaml"))
+    absent = fails(capsys, "train", "--config", "absent")
+    assert "no settings file at absent, nor settings of that name: there are " in absent
+    assert "ptb_lstm_4_epochs" in absent
+
+
+def test_settings_by_name(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("yaml")
+    run = pytest.importorskip("fastvae.training.run")
+    seen = []
+    monkeypatch.setattr(run, "train", lambda config, **options: seen.append(config) or exit(0))
+    with pytest.raises(SystemExit):
+        main(["train", "--config", "ptb_lstm_4_epochs", "--epochs", "1"])
+    assert (seen[0].data, seen[0].epochs, seen[0].kl_steps) == ("ptb", 1, 1300)
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "ptb_lstm_4_epochs" in capsys.readouterr().out
+    (tmp_path / "iwae.yaml").write_text("model: iwae\n")
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(tmp_path / "iwae.yaml"), "--help"])
+    assert "--num-samples INT" in capsys.readouterr().out  # help is of the file's model
 
 
 def test_missing_files_and_runs(capsys, tmp_path, run_folder):

@@ -374,6 +374,9 @@ CONFIGS: dict[str, type[RunConfig]] = {
 }
 
 
+_PACKAGED = Path(__file__).parents[1] / "configs"
+
+
 def config_class(model: Any) -> type[RunConfig]:
     """Return the settings' class of a model.
 
@@ -434,6 +437,26 @@ def _whole_numbers(value: Any) -> tuple[int, ...]:
     if any(type(number) is not int for number in numbers):
         raise TypeError
     return numbers
+
+
+def settings_names() -> list[str]:
+    """Return the names of the settings that come with the package, for `settings_path`."""
+    return sorted(path.stem for path in _PACKAGED.glob("*.yaml"))
+
+
+def settings_path(name_or_path: str | Path) -> Path:
+    """Find a settings file: that at a path, else the one of that name which comes with the package.
+
+    Raises:
+        FileNotFoundError: there is neither; the message has the names.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if str(name_or_path) not in settings_names():
+        names = ", ".join(settings_names())
+        raise FileNotFoundError(f"no settings file at {path}, nor settings of that name: there are {names}")
+    return _PACKAGED / f"{name_or_path}.yaml"
 
 
 def read_yaml(path: str | Path, model: str | None = None) -> dict[str, Any]:

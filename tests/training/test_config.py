@@ -1,6 +1,13 @@
 import pytest
 
-from fastvae.training.config import TrainConfig, read_yaml, write_yaml
+from fastvae.training.config import (
+    TrainConfig,
+    config_class,
+    read_yaml,
+    settings_names,
+    settings_path,
+    write_yaml,
+)
 
 pytest.importorskip("yaml")
 
@@ -66,3 +73,20 @@ def test_values_out_of_range_are_named(changes, message):
 def test_data_is_required():
     with pytest.raises(ValueError, match="data is missing"):
         TrainConfig.from_mapping({"epochs": 3})
+
+
+@pytest.mark.parametrize("name", settings_names())
+def test_settings_of_the_package_are_whole(name):
+    settings = read_yaml(settings_path(name))
+    config = config_class(settings.get("model", "sentence_vae")).from_mapping(settings)
+    assert config.data == settings["data"]
+
+
+def test_a_file_wins_over_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert settings_path("ptb_lstm_4_epochs").name == "ptb_lstm_4_epochs.yaml"
+    (tmp_path / "ptb_lstm_4_epochs").write_text("epochs: 3")
+    assert read_yaml(settings_path("ptb_lstm_4_epochs")) == {"epochs": 3}
+    for name in ("../configs/ptb_lstm_4_epochs", "ptb_lstm_4_epochs.yaml", ""):
+        with pytest.raises(FileNotFoundError, match=r"nor settings of that name: there are .*ptb_lstm_4_epochs"):
+            settings_path(name)
