@@ -357,11 +357,14 @@ examples:
   fastvae evaluate run                                the test part of the data the run was trained on
   fastvae evaluate run --split valid --iw-samples 500
   fastvae evaluate run --data other.txt --out other.json
+  fastvae evaluate run --reverse-samples 40000        with reverse PPL, which takes minutes
   fastvae evaluate digits --iw-samples 500            a run on images
 
 -ELBO = NLL + KL with one sample of z a sentence, never weighted. The importance-weighted NLL is a tighter
 bound on -log p(x). PPL = exp(total nats / predicted tokens), </s> counted. A latent dimension is active where
-the variance of its posterior mean over the sentences is above 0.01. Of vectors and images the figures are a
+the variance of its posterior mean over the sentences is above 0.01. BLEU is of sentences written again, greedily
+from the posterior mean; self-BLEU and distinct n-grams are of samples from the prior; reverse PPL is that of the
+sentences under a language model trained on such samples. Of vectors and images the figures are a
 row's, of the scaled numbers; an auto-encoder has its reconstruction error alone.
 """
 
@@ -379,6 +382,16 @@ def _add_evaluate(parser: _Parser) -> None:
         metavar="K",
         help="samples of z for the importance-weighted NLL, 0: none [100]",
     )
+    of_text = parser.add_argument_group("what a model of text writes")
+    of_text.add_argument(
+        "--samples", type=int, metavar="N", help="sentences drawn for self-BLEU and distinct n-grams, 0: none [1000]"
+    )
+    of_text.add_argument(
+        "--reverse-samples",
+        type=int,
+        metavar="N",
+        help="sentences drawn for reverse PPL and word-KL, about as many as were trained on; takes minutes [0: none]",
+    )
     parser.add_argument(
         "--batch-size", type=int, metavar="INT", help="sentences [32], or images or vectors [256], at a time"
     )
@@ -391,14 +404,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from fastvae.training.text_models import text_model
 
-    if arguments.iw_samples < 0:
-        raise ValueError(f"--iw-samples must be at least 0, got {arguments.iw_samples}")
+    for name in ("iw_samples", "samples", "reverse_samples"):
+        if (getattr(arguments, name) or 0) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(arguments, name)}")
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     loaded = _load(arguments)
     model, vocabulary, config = loaded
     parts = text_model(config)
     if parts is None:
+        _refuse(arguments, ("samples", "reverse_samples"), "runs on text")
         return _evaluate_array(arguments, loaded)
     data = arguments.data or config["data"]
     result, title, rows = parts.get("report")(
@@ -406,7 +421,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         vocabulary,
         data=data,
         split=arguments.split or ("all" if arguments.data and Path(data).is_file() else "test"),
+        training_data=config["data"],
         iw_samples=arguments.iw_samples,
+        samples=1000 if arguments.samples is None else arguments.samples,
+        reverse_samples=arguments.reverse_samples or 0,
         batch_size=arguments.batch_size or 32,
         seed=arguments.seed,
     )

@@ -74,7 +74,31 @@ class VAEFigures(Figures):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(VAEFigures):
+class TextFigures(Figures):
+    """Figures of what a model of text writes; None for those that were not asked for.
+
+    Args:
+        bleu: of sentences written again, greedily from the posterior mean, 0 to 100, against the words that the
+            vocabulary has.
+        samples: how many sentences were drawn from the prior for self_bleu (0 to 100), distinct_1 and distinct_2 (0 to
+            1), all as in `fastvae.training.text_metrics`.
+        reverse_samples: how many were drawn for reverse_ppl, the perplexity of the evaluated sentences under a
+            language model trained on them, and word_kl, the KL in nats of their word frequencies to those of the
+            training text.
+    """
+
+    bleu: float | None = None
+    samples: int = 0
+    self_bleu: float | None = None
+    distinct_1: float | None = None
+    distinct_2: float | None = None
+    reverse_samples: int = 0
+    reverse_ppl: float | None = None
+    word_kl: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(VAEFigures, TextFigures):
     """Figures of a sentence VAE on a set of sentences, in nats a sentence unless said otherwise.
 
     Args:

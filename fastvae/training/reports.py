@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastvae.data import TextCorpus, load_text
 from fastvae.training.batches import ordered_batches
-from fastvae.training.metrics import Figures, VAEFigures, evaluate
+from fastvae.training.metrics import Figures, TextFigures, VAEFigures, evaluate
+from fastvae.training.text import reconstruct_sentences, sample_sentences
 
 if TYPE_CHECKING:
     from fastvae.data import Vocabulary
     from fastvae.models import SentenceVAE
 
 Rows = list[tuple[str, str, str]]  # name, value, unit
+_Text = TypeVar("_Text", bound=TextFigures)
 
 
 def report_sentences(
@@ -21,7 +25,10 @@ def report_sentences(
     *,
     data: str,
     split: str,
+    training_data: str | None = None,
     iw_samples: int = 0,
+    samples: int = 0,
+    reverse_samples: int = 0,
     batch_size: int = 32,
     seed: int = 0,
 ) -> tuple[Figures, str, Rows]:
@@ -30,15 +37,27 @@ def report_sentences(
     Args:
         model, vocabulary: what `load_run` gives.
         data, split: the sentences, as `load_text`.
+        training_data: what the model was trained on; `data` when None.
         iw_samples, seed: as `evaluate`.
+        samples, reverse_samples: as `measure_writing`.
         batch_size: sentences at a time.
 
     Returns:
         The figures, a title, and the rows of a table.
     """
-    corpus = TextCorpus(load_text(data, split), vocabulary)
-    batches = ordered_batches(corpus, batch_size)
+    sentences = load_text(data, split)
+    batches = ordered_batches(TextCorpus(sentences, vocabulary), batch_size)
     result = evaluate(model, batches, iw_samples=iw_samples, seed=seed, data=data, split=split)
+    result = measure_writing(
+        result,
+        model,
+        vocabulary,
+        sentences,
+        training_data=training_data or data,
+        samples=samples,
+        reverse_samples=reverse_samples,
+        seed=seed,
+    )
     rows = [*elbo_rows(result, "a sentence"), ("PPL", f"{result.ppl:.4f}", "a predicted token, from -ELBO")]
     if result.iw_nll is not None and result.iw_ppl is not None:
         rows.append(("IW-NLL", f"{result.iw_nll:.4f}", f"nats a sentence, {result.iw_samples} samples"))
@@ -46,8 +65,79 @@ def report_sentences(
     rows.append(("active units", f"{result.active_units} of {result.latent_dim}", ""))
     limit = f"nats, from {result.mutual_information_sentences} sentences"
     rows.append(("I(z;x)", f"{result.mutual_information:.4f}", limit))
+    rows += writing_rows(result)
     title = f"{data} ({split}): {result.sentences:,} sentences, {result.tokens:,} predicted tokens"
     return result, title, rows
+
+
+def measure_writing(
+    result: _Text,
+    model: Any,
+    vocabulary: Vocabulary,
+    sentences: Sequence[str],
+    *,
+    training_data: str,
+    samples: int = 0,
+    reverse_samples: int = 0,
+    seed: int = 0,
+) -> _Text:
+    """Measure what a model of text writes: BLEU of reconstruction and, of samples, what is asked for.
+
+    Args:
+        result: figures so far.
+        model: with the methods `reconstruct` and `sample` of a `SentenceVAE`; in evaluation mode.
+        vocabulary: of the model.
+        sentences: to write again, and on which reverse PPL is measured.
+        training_data: whose training part word_kl compares with.
+        samples: sentences to draw for self-BLEU and distinct n-grams; 0 leaves them out.
+        reverse_samples: sentences to draw for reverse PPL and word-KL, on which a language model is trained for some
+            minutes; 0 leaves them out.
+        seed: of every draw.
+
+    Returns:
+        The figures with those of `TextFigures`.
+
+    Raises:
+        ValueError: there is one sample alone, or so few that no language model can be trained.
+    """
+    from fastvae.training import text_metrics
+
+    ordered = sorted(sentences, key=lambda sentence: -len(sentence.split()))  # few are decoded beyond their end
+    written = reconstruct_sentences(model, vocabulary, ordered)
+    known = [vocabulary.decode(vocabulary.encode(sentence)) for sentence in ordered]
+    figures: dict[str, Any] = {"bleu": text_metrics.bleu(written, known)}
+    drawn = []
+    if samples or reverse_samples:
+        drawn = sample_sentences(model, vocabulary, max(samples, reverse_samples), seed=seed)
+    if samples:
+        some = drawn[:samples]
+        figures |= {"samples": samples, "self_bleu": text_metrics.self_bleu(some)}
+        figures |= {f"distinct_{n}": text_metrics.distinct_n(some, n) for n in (1, 2)}
+    if reverse_samples:
+        some = drawn[:reverse_samples]
+        device = next(model.parameters()).device
+        figures |= {
+            "reverse_samples": reverse_samples,
+            "reverse_ppl": text_metrics.reverse_perplexity(some, sentences, vocabulary, seed=seed, device=device),
+            "word_kl": text_metrics.word_kl(some, load_text(training_data), vocabulary),
+        }
+    return replace(result, **figures)
+
+
+def writing_rows(result: TextFigures) -> Rows:
+    """Return the rows of a table that tell of `TextFigures`."""
+    rows = []
+    if result.bleu is not None:
+        rows.append(("BLEU", f"{result.bleu:.2f}", "of sentences written again from the posterior mean"))
+    if result.self_bleu is not None:
+        rows.append(("self-BLEU", f"{result.self_bleu:.2f}", f"of {result.samples:,} samples from the prior"))
+        rows.append(("distinct-1", f"{result.distinct_1:.4f}", "different words of all in those samples"))
+        rows.append(("distinct-2", f"{result.distinct_2:.4f}", "the same of pairs of words"))
+    if result.reverse_ppl is not None:
+        model = f"a language model trained on {result.reverse_samples:,} samples"
+        rows.append(("reverse PPL", f"{result.reverse_ppl:.4f}", f"of {model}"))
+        rows.append(("word-KL", f"{result.word_kl:.4f}", "nats, of their words to those of the training text"))
+    return rows
 
 
 def elbo_rows(result: VAEFigures, unit: str) -> Rows:

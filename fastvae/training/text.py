@@ -11,6 +11,7 @@ from fastvae.data import TextBatch, Vocabulary, collate
 from fastvae.models import MixtureVAE, SentenceVAE
 
 _CHUNK = 64  # sentences decoded together
+_DRAWN = 1000  # the same, of those drawn from the prior
 
 
 def sample_sentences(
@@ -25,8 +26,11 @@ def sample_sentences(
         options: arguments of `SentenceVAE.sample`, such as max_length, strategy or temperature.
     """
     generator = torch.Generator(_device(model)).manual_seed(seed)
-    tokens, _ = model.sample(count, generator=generator, **options)
-    return [vocabulary.decode(row) for row in tokens]
+    written = []
+    for start in range(0, max(count, 1), _DRAWN):
+        tokens, _ = model.sample(min(_DRAWN, count - start), generator=generator, **options)
+        written += [vocabulary.decode(row) for row in tokens]
+    return written
 
 
 def reconstruct_sentences(
