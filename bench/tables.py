@@ -14,6 +14,7 @@ from bench.interleave import OURS
 
 RESULTS = Path(__file__).parent / "results"
 PTB = RESULTS / "ptb_lstm_4_epochs.json"  # written by `fastvae evaluate`
+SPEED = RESULTS / "training.csv"  # written by `python -m bench.training`
 
 Row = dict[str, str]
 _TITLES = {
@@ -185,6 +186,25 @@ def penn_treebank(path: Path = PTB) -> str:
     return "\n".join(lines)
 
 
+def speed_summary(path: Path = SPEED) -> str:
+    """Return the table of whole training, in tokens a second; nothing where it was not measured."""
+    if not path.exists():
+        return ""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    peers = list(dict.fromkeys(row["contender"] for row in rows if row["contender"] != OURS))
+    lines = [f"| tokens a second | ours | {' | '.join(peers)} |", "|---|--:|" + "--:|" * len(peers)]
+    for batch_size, group in itertools.groupby(rows, lambda row: row["batch_size"]):
+        by_name = {row["contender"]: row for row in group}
+        cells = [f"{int(by_name[OURS]['tokens_per_second']):,}"]
+        cells += [
+            f"{int(by_name[name]['tokens_per_second']):,} (ours {float(by_name[name]['ours_faster']):.2f}x)"
+            for name in peers
+        ]
+        lines.append(f"| batch {batch_size} | {' | '.join(cells)} |")
+    return "\n".join(lines) + f"\n\n{_machine(rows)}"
+
+
 def renewed(text: str, folder: Path = RESULTS) -> str:
     """Put the tables of the result files between the markers of a document.
 
@@ -198,6 +218,7 @@ def renewed(text: str, folder: Path = RESULTS) -> str:
         "inference": lambda: inference_summary(rows),
         "sparse": lambda: sparse_summary(rows),
         "vae": lambda: vae_summary(rows),
+        "speed": lambda: speed_summary(folder / SPEED.name),
         "ptb": lambda: penn_treebank(folder / PTB.name),
     }
     for name in marked(text):
