@@ -57,6 +57,12 @@ class ArrayModule(RunModule):
             return output.loss, row_sums(output.nll, output.kl, *bound)
         return output.loss, row_sums(output.error)
 
+    def latent_means(self, batch: Tensor) -> Tensor | None:
+        """Return the means of q(z|x) where there is one."""
+        model: Any = self.model
+        means: Tensor | None = model.encode(model_input(model, batch))[0] if self.config.model in _TERMS else None
+        return means
+
     def averages(self, sums: Tensor) -> dict[str, float]:
         """Turn the sums into nats a row."""
         *terms, rows = sums.tolist()

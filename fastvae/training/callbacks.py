@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +153,10 @@ class TimeLimit(Callback):
 
 
 class TrainingProgress(Callback):
-    """A rich progress bar with the speed and the loss, and lines of epochs that stay.
+    """A rich progress bar with the speed, the loss, active units and the time left, and lines of epochs that stay.
+
+    The active units are those of the last validation. The time left is that of the whole run, whose pace is that since
+    its start, validations included.
 
     Args:
         refresh: seconds between two updates, each of which waits for the device.
@@ -165,11 +169,13 @@ class TrainingProgress(Callback):
         self._done: torch.Tensor | int = 0
         self._shown = 0.0
         self._told = -math.inf
+        self._steps = -1  # of the whole run, -1 where they are unknown
+        self._first_step, self._start = 0, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Open the bar."""
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         if not trainer.is_global_zero:
             return
@@ -179,12 +185,14 @@ class TrainingProgress(Callback):
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
         self._progress.start()
+        steps = trainer.estimated_stepping_batches
+        self._steps = int(steps) if math.isfinite(steps) else -1
+        self._first_step, self._start = trainer.global_step, time.monotonic()
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         where = f"on {pl_module.device} x {trainer.world_size}"
         self._print(f"{parameters:,} parameters, {pl_module.describe()}, {where}")
@@ -217,9 +225,24 @@ class TrainingProgress(Callback):
         speed = int(self._done) * trainer.world_size / (now - self._shown)
         recent = pl_module.recent()
         terms = "  ".join(f"{LABELS[name]} {recent[name]:.2f}" for name in pl_module.on_bar)
-        figures = f"{speed:,.0f} {pl_module.unit[1]}/s  {terms}"
+        figures = f"{speed:,.0f} {pl_module.unit[1]}/s  {terms}{self._active(trainer)}{self._left(trainer, now)}"
         self._progress.update(self._task, completed=batch_idx + 1, figures=figures)
         self._done, self._shown = 0, now
+
+    def _active(self, trainer: Trainer) -> str:
+        units = trainer.callback_metrics.get("valid/active_units")
+        return "" if units is None else f"  active {int(units)}"
+
+    def _left(self, trainer: Trainer, now: float) -> str:
+        """Tell the time that the steps left take at the pace so far, or that the time limit leaves."""
+        done = trainer.global_step - self._first_step
+        left = math.inf
+        if self._steps >= 0 and done:
+            left = (now - self._start) / done * (self._steps - trainer.global_step)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, TimeLimit):
+                left = min(left, max(0.0, callback.seconds - (now - self._start)))
+        return "" if math.isinf(left) else f"  {timedelta(seconds=round(left))} left"
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Print the epoch's line."""
@@ -231,6 +254,7 @@ class TrainingProgress(Callback):
         self._told = now
         values = {name: float(trainer.callback_metrics[f"valid/{name}"]) for name in pl_module.terms}
         figures = "  ".join(f"{LABELS[name]} {value:.{2 if name == 'ppl' else 3}f}" for name, value in values.items())
+        figures += self._active(trainer)
         weight = f"  (KL weight {pl_module.kl_weight:.2f})" if isinstance(pl_module.config, KLConfig) else ""
         self._print(f"epoch {number:>3}  step {trainer.global_step:>6}  valid  {figures}{weight}")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvae.models import SentenceVAE, SentenceVAEOutput
 from fastvae.training.config import KLConfig, RunConfig, TextConfig, TrainConfig
-from fastvae.training.metrics import perplexity
+from fastvae.training.metrics import ACTIVE_VARIANCE, RunningMoments, perplexity
 from fastvae.training.schedules import Schedule, make_schedule
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ class RunModule(LightningModule):
         self._unchecked: list[tuple[int, Tensor]] = []
         self._validation: Tensor | None = None
         self._validation_generator: torch.Generator | None = None
+        self._latents = RunningMoments()
 
     def losses(self, batch: Any, kl_weight: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Return the loss of a batch and its sums over it, float64 `(sums,)`: the watched terms first, the rows last.
@@ -117,6 +118,10 @@ class RunModule(LightningModule):
     def progress(self, batch: Any) -> Tensor | int:
         """Count what the speed is told of: words, images, rows."""
         raise NotImplementedError
+
+    def latent_means(self, batch: Any) -> Tensor | None:
+        """Return the posterior means of a batch, of whose dimensions the active ones are counted; None for no count."""
+        return None
 
     def describe(self) -> str:
         """Say in a few words what the model is trained on."""
@@ -236,19 +241,25 @@ class RunModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start the sums and the draws of z anew."""
         self._validation = self._no_sums().to(self.device)
+        self._latents = RunningMoments()
         self._validation_generator = torch.Generator(self.device).manual_seed(_VALIDATION_SEED + self.global_rank)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add the un-annealed terms of a batch."""
         assert self._validation is not None
         self._validation += self.losses(batch, 1.0, self._validation_generator)[1]
+        means = self.latent_means(batch)
+        if means is not None:
+            self._latents.update(means)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation averages over all processes."""
+        """Log the validation averages over all processes, and the active units of this process's share."""
         assert self._validation is not None
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(self._validation)
         values = {f"valid/{name}": value for name, value in self.averages(self._validation).items()}
+        if self._latents.count:
+            values["valid/active_units"] = float((self._latents.variance > ACTIVE_VARIANCE).sum())
         self.log_dict(values, logger=False)  # for early stopping and the choice of the best checkpoint
         self._write(values)
 
@@ -360,6 +371,10 @@ class SentenceVAEModule(TextModule):
             batch.tokens, batch.lengths, kl_weight=kl_weight, free_bits=self.config.free_bits, generator=generator
         )
         return output.loss, row_sums(output.nll, output.kl, output.tokens)
+
+    def latent_means(self, batch: TextBatch) -> Tensor:
+        """Return the means of q(z|x)."""
+        return self.model.encode(batch.tokens, batch.lengths)[0]
 
     def averages(self, sums: Tensor) -> dict[str, float]:
         """Turn the sums into nats a sentence and perplexity."""
