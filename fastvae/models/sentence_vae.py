@@ -1,4 +1,4 @@
-"""Variational auto-encoder for sentences: LSTM encoder, Gaussian posterior, LSTM decoder."""
+"""Variational auto-encoder for sentences: encoder, Gaussian posterior, decoder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,20 @@ from torch import Tensor
 
 from fastvae.models.evidence import check_free_bits, evaluating, free_bits_kl, importance_weighted_nll
 from fastvae.models.pretrained import Pretrained
-from fastvae.nn import GaussianHead, LSTMDecoder, LSTMEncoder
-from fastvae.nn.sentences import checked_lengths
+from fastvae.nn import (
+    GaussianHead,
+    GRUDecoder,
+    GRUEncoder,
+    LSTMDecoder,
+    LSTMEncoder,
+    TransformerDecoder,
+    TransformerEncoder,
+)
+from fastvae.nn.sentences import SentenceDecoder, SentenceEncoder, checked_lengths
+from fastvae.nn.transformer import Positions
 
+ENCODERS: dict[str, type[Any]] = {"lstm": LSTMEncoder, "gru": GRUEncoder, "transformer": TransformerEncoder}
+DECODERS: dict[str, type[Any]] = {"lstm": LSTMDecoder, "gru": GRUDecoder, "transformer": TransformerDecoder}
 _DECODER_STREAM = 0x5851F42D4C957F2D  # any large number: word dropout's seed is this far from the noise's
 
 
@@ -37,19 +48,24 @@ class SentenceVAEOutput(NamedTuple):
 
 
 class SentenceVAE(Pretrained):
-    """Sentence VAE: q(z|x) from an LSTM's last state, p(x|z) from an LSTM that sees z at every step.
+    """Sentence VAE: q(z|x) from a vector of the sentence, p(x|z) from a language model that sees z at every step.
 
     `config` holds the constructor's arguments: `SentenceVAE(**model.config)` builds the same model.
 
     Args:
         vocab_size: number of tokens V.
+        encoder, decoder: "lstm", "gru" or "transformer", in any pairing. `LSTMDecoder` and `TransformerDecoder` tell
+            how z enters.
         embed_dim: size of the token embeddings.
         hidden_size: size of the encoder's and the decoder's state.
         latent_dim: size of z, at least 1.
-        num_layers: LSTM layers of the encoder and of the decoder each.
+        num_layers: layers of the decoder, and of the encoder unless `encoder_layers` says otherwise.
+        num_heads, feedforward_size, positions: of a Transformer, as `TransformerEncoder`.
         word_dropout: share of the decoder's input words replaced by `<unk>` in training.
         dropout: share of the encoder's final state and of the decoder's states dropped in training.
-        layer_dropout: share of the states dropped in training on the way from layer to layer.
+        layer_dropout: share of the states dropped in training on the way from layer to layer; in a Transformer of all
+            that joins a shortcut, of the attention and of the inner layers.
+        embedding_dropout: share of the words of the vocabulary read as zeros in a step of training.
         variational_dropout: drop the same entries of the states at all steps of a sentence.
         tie_weights: the decoder's output layer uses its embedding; needs `embed_dim == hidden_size`.
         share_embedding: encoder and decoder use the same embedding.
@@ -62,13 +78,20 @@ class SentenceVAE(Pretrained):
         self,
         vocab_size: int,
         *,
+        encoder: str = "lstm",
+        decoder: str = "lstm",
         embed_dim: int = 256,
         hidden_size: int = 256,
         latent_dim: int = 32,
         num_layers: int = 1,
+        encoder_layers: int | None = None,
+        num_heads: int = 4,
+        feedforward_size: int | None = None,
+        positions: Positions = "sinusoidal",
         word_dropout: float = 0.0,
         dropout: float = 0.0,
         layer_dropout: float = 0.0,
+        embedding_dropout: float = 0.0,
         variational_dropout: bool = False,
         tie_weights: bool = False,
         share_embedding: bool = False,
@@ -77,52 +100,42 @@ class SentenceVAE(Pretrained):
         eos_index: int = 3,
         unk_index: int = 1,
     ) -> None:
+        config: dict[str, Any] = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.config: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "embed_dim": embed_dim,
-            "hidden_size": hidden_size,
-            "latent_dim": latent_dim,
-            "num_layers": num_layers,
-            "word_dropout": word_dropout,
+        self.config = config
+        for name, kind, kinds in (("encoder", encoder, ENCODERS), ("decoder", decoder, DECODERS)):
+            if kind not in kinds:
+                raise ValueError(f"{name}: expected one of {', '.join(kinds)}, got {kind!r}")
+        shared: dict[str, Any] = {
             "dropout": dropout,
             "layer_dropout": layer_dropout,
+            "embedding_dropout": embedding_dropout,
             "variational_dropout": variational_dropout,
-            "tie_weights": tie_weights,
-            "share_embedding": share_embedding,
             "pad_index": pad_index,
-            "bos_index": bos_index,
-            "eos_index": eos_index,
-            "unk_index": unk_index,
         }
+        attention = {"num_heads": num_heads, "feedforward_size": feedforward_size, "positions": positions}
         self.latent_dim = latent_dim
         self.head = GaussianHead(hidden_size, latent_dim)
-        self.decoder = LSTMDecoder(
+        self.decoder: SentenceDecoder = DECODERS[decoder](
             vocab_size,
             embed_dim,
             hidden_size,
             latent_dim,
             num_layers=num_layers,
             word_dropout=word_dropout,
-            dropout=dropout,
-            layer_dropout=layer_dropout,
-            variational_dropout=variational_dropout,
             tie_weights=tie_weights,
-            pad_index=pad_index,
             bos_index=bos_index,
             eos_index=eos_index,
             unk_index=unk_index,
+            **shared | (attention if decoder == "transformer" else {}),
         )
-        self.encoder = LSTMEncoder(
+        self.encoder: SentenceEncoder = ENCODERS[encoder](
             vocab_size,
             embed_dim,
             hidden_size,
-            num_layers=num_layers,
-            dropout=dropout,
-            layer_dropout=layer_dropout,
-            variational_dropout=variational_dropout,
-            pad_index=pad_index,
+            num_layers=num_layers if encoder_layers is None else encoder_layers,
             embedding=self.decoder.embedding if share_embedding else None,
+            **shared | (attention if encoder == "transformer" else {}),
         )
 
     def forward(

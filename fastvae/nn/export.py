@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvae.nn.cells import LSTM
+from fastvae.nn.lstm import LSTMDecoder
+from fastvae.nn.sentences import SentenceDecoder
 from fastvae.ops.backend import compute_dtype
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-
-    from fastvae.nn.lstm import LSTMDecoder
 
 
 class DecoderStart(nn.Module):
@@ -113,14 +113,14 @@ class ExportedDecoder(NamedTuple):
     step: ExportedProgram
 
 
-def export_decoder(decoder: LSTMDecoder) -> ExportedDecoder:
+def export_decoder(decoder: SentenceDecoder) -> ExportedDecoder:
     """Export a decoder's start and step with `torch.export`, for batches of any size.
 
     Args:
         decoder: the decoder, in either mode. The programs share its parameters.
 
     Raises:
-        ValueError: for layer-normalized layers, or those of another cell.
+        ValueError: for layer-normalized layers, or those of another kind.
     """
     with torch.no_grad():
         return ExportedDecoder(
@@ -128,7 +128,7 @@ def export_decoder(decoder: LSTMDecoder) -> ExportedDecoder:
         )
 
 
-def export_onnx(decoder: LSTMDecoder, folder: str | os.PathLike[str]) -> tuple[Path, Path]:
+def export_onnx(decoder: SentenceDecoder, folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Write a decoder as two ONNX models, `start.onnx` and `step.onnx`, for onnxruntime and the like.
 
     Inputs and outputs are named as in `DecoderStart` and `DecoderStep`, the new states `next_h` and `next_c`. The
@@ -144,7 +144,7 @@ def export_onnx(decoder: LSTMDecoder, folder: str | os.PathLike[str]) -> tuple[P
 
     Raises:
         ModuleNotFoundError: without onnx and onnxscript.
-        ValueError: for layer-normalized layers, or those of another cell.
+        ValueError: for layer-normalized layers, or those of another kind.
         OSError: if a file cannot be written.
     """
     _check_installed("onnx")
@@ -184,9 +184,9 @@ class _Example(NamedTuple):
     outputs: list[str]
 
 
-def _examples(decoder: LSTMDecoder) -> tuple[_Example, _Example]:
-    if decoder.cell != LSTM:
-        raise ValueError("decoder: expected one of plain LSTM layers, got layer norm or another cell")
+def _examples(decoder: SentenceDecoder) -> tuple[_Example, _Example]:
+    if not isinstance(decoder, LSTMDecoder) or decoder.cell != LSTM:
+        raise ValueError("decoder: expected one of plain LSTM layers, got layer norm or layers of another kind")
     start, step = DecoderStart(decoder), DecoderStep(decoder)
     start.training = step.training = False  # or torch warns; the decoder stays in its mode, which makes no difference
     batch = torch.export.Dim("batch")

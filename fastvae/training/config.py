@@ -21,7 +21,10 @@ CHOICES = {
     "lr_schedule": LR_SCHEDULES,
     "precision": PRECISIONS,
     "scaling": ("auto", *SCALINGS),
-    "encoder": ("mlp", "conv"),
+    "encoder": ("lstm", "gru", "transformer", "mlp", "conv"),
+    "decoder": ("lstm", "gru", "transformer"),
+    "positions": ("sinusoidal", "learned"),
+    "matmul_precision": ("highest", "high", "medium"),
     "likelihood": ("auto", "bernoulli", "gaussian", "categorical"),
     "posterior": ("diagonal", "full"),
     "estimator": ("reparameterized", "score_function", "score_function_baseline"),
@@ -30,9 +33,9 @@ CHOICES = {
 }
 _AT_LEAST = {
     0: "max_length workers max_tokens max_minutes kl_start kl_weight kl_steps free_bits patience seed checkpoint_every "
-    "image_size beta level mutual_information_weight",
+    "image_size beta level mutual_information_weight warmup_steps",
     1: "min_count embed_dim hidden_size latent_dim num_layers batch_size epochs devices log_every num_samples "
-    "variables components",
+    "variables components num_heads",
     5: "vocab_size",
 }
 
@@ -48,8 +51,11 @@ class RunConfig:
         batch_size: sentences, or rows, a step, over all devices.
         epochs: passes over the data. max_minutes: stop after this long; 0 means no limit.
         lr, lr_schedule: Adam's learning rate and its course over the run. clip: largest gradient norm.
+        warmup_steps: steps in which the learning rate first rises, in a straight line, from 0.
         patience: stop after this many epochs without a better validation -ELBO; 0 never stops early.
         seed, precision, accelerator, devices: as in Lightning; devices > 1 trains by DDP.
+        matmul_precision: of float32 products in training, as `torch.set_float32_matmul_precision`: "high" is TF32 on
+            GPUs that have it, "medium" bfloat16, on CPUs that have it too.
         log_every: steps between two rows of metrics. checkpoint_every: steps between two checkpoints in an
             epoch.
 
@@ -65,10 +71,12 @@ class RunConfig:
     max_minutes: float = 0.0
     lr: float = 1e-3
     lr_schedule: str = "constant"
+    warmup_steps: int = 0
     clip: float = 5.0
     patience: int = 0
     seed: int = 0
     precision: str = "32"
+    matmul_precision: str = "highest"
     accelerator: str = "auto"
     devices: int = 1
     log_every: int = 50
@@ -156,20 +164,30 @@ class TrainConfig(TextConfig, KLConfig):
     """Settings of a run of `fastvae.models.SentenceVAE`.
 
     Args:
+        encoder, decoder: "lstm", "gru" or "transformer".
         latent_dim: size of z.
-        num_layers: LSTM layers of the encoder and of the decoder each.
+        num_layers: layers of the decoder. encoder_layers: of the encoder; None for as many.
+        num_heads, feedforward_size, positions: of a Transformer; None for a feed-forward size of 4 hidden_size.
         word_dropout: probability that the decoder sees <unk> instead of a word. dropout: of the states.
-        layer_dropout: of the states between layers. variational_dropout: drop alike at all steps of a sentence.
+        layer_dropout: of the states between layers, and inside those of a Transformer. embedding_dropout: of words of
+            the vocabulary, for a step. variational_dropout: drop alike at all steps of a sentence.
         tie_weights: the output layer uses the decoder's embedding (embed_dim must equal hidden_size).
         share_embedding: encoder and decoder use the same embedding.
     """
 
     model: str = "sentence_vae"
+    encoder: str = "lstm"
+    decoder: str = "lstm"
     latent_dim: int = 32
     num_layers: int = 1
+    encoder_layers: int | None = None
+    num_heads: int = 4
+    feedforward_size: int | None = None
+    positions: str = "sinusoidal"
     word_dropout: float = 0.0
     dropout: float = 0.0
     layer_dropout: float = 0.0
+    embedding_dropout: float = 0.0
     variational_dropout: bool = False
     tie_weights: bool = False
     share_embedding: bool = False
@@ -177,6 +195,12 @@ class TrainConfig(TextConfig, KLConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_layers(self)
+        _check_encoder(self.encoder, CHOICES["decoder"])
+        for name in ("encoder_layers", "feedforward_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.hidden_size % self.num_heads and "transformer" in (self.encoder, self.decoder):
+            raise ValueError(f"num_heads must divide hidden_size {self.hidden_size}, got {self.num_heads}")
 
 
 @dataclass(frozen=True)
@@ -258,6 +282,7 @@ class NetworkConfig(ArrayConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_encoder(self.encoder, ("mlp", "conv"))
         for name in ("hidden", "channels"):
             if not all(size >= 1 for size in getattr(self, name)):
                 raise ValueError(f"{name} must be sizes of at least 1, got {getattr(self, name)}")
@@ -355,12 +380,18 @@ class LinearConfig(ArrayConfig):
 
 
 def _check_layers(config: Any) -> None:
-    for name in ("word_dropout", "dropout", "layer_dropout"):
+    for name in ("word_dropout", "dropout", "layer_dropout", "embedding_dropout"):
         if not 0.0 <= getattr(config, name, 0.0) < 1.0:
             raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
     if config.tie_weights and config.embed_dim != config.hidden_size:
         sizes = f"{config.embed_dim} and {config.hidden_size}"
         raise ValueError(f"tie_weights needs embed_dim equal to hidden_size, got {sizes}")
+
+
+def _check_encoder(encoder: str, allowed: tuple[str, ...]) -> None:
+    # More than one model has an encoder, each of its own kinds.
+    if encoder not in allowed:
+        raise ValueError(f"encoder must be one of {', '.join(allowed)}, got {encoder!r}")
 
 
 def _check_log_var(log_var: float | None, likelihood: str) -> None:

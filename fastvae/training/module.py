@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _VALIDATION_SEED = 0x5EED  # the validation -ELBO of two epochs differs by the weights alone
 _OF_SENTENCE_VAE = (
-    *("embed_dim", "hidden_size", "latent_dim", "num_layers", "word_dropout", "dropout", "layer_dropout"),
+    *("encoder", "decoder", "embed_dim", "hidden_size", "latent_dim", "num_layers", "encoder_layers", "num_heads"),
+    *("feedforward_size", "positions", "word_dropout", "dropout", "layer_dropout", "embedding_dropout"),
     *("variational_dropout", "tie_weights", "share_embedding"),
 )
 _CHECK_EVERY = 50  # steps between two looks at the losses where a look stalls the device
@@ -266,19 +267,20 @@ class RunModule(LightningModule):
     # Optimizer and checkpoint
 
     def configure_optimizers(self) -> Any:
-        """Adam, with the learning rate of `lr_schedule`."""
+        """Adam, with the learning rate of `lr_schedule` after the warm-up."""
         fused = self.config.precision == "32"  # Lightning does not clip for a fused step in mixed precision
         optimizer = torch.optim.Adam(self.parameters(), lr=self.config.lr, fused=fused)
-        if self.config.lr_schedule == "constant":
+        course, warmup = self.config.lr_schedule, self.config.warmup_steps
+        if course == "constant" and not warmup:
             return optimizer
         total = self._total_steps()
-        if total < 0:
-            raise ValueError(f"lr_schedule {self.config.lr_schedule!r} needs an epoch of known length, not streaming")
-        cosine = self.config.lr_schedule == "cosine"
+        if total < 0 and course != "constant":
+            raise ValueError(f"lr_schedule {course!r} needs an epoch of known length, not streaming")
 
         def factor(step: int) -> float:
-            done = min(step / total, 1.0)
-            return 0.5 * (1 + math.cos(math.pi * done)) if cosine else 1.0 - done
+            rising, done = min((step + 1) / (warmup + 1), 1.0), min(step / total, 1.0)
+            falling = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+            return rising * falling[course]
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

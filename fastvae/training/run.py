@@ -146,7 +146,7 @@ def train(
     checkpoints = RunCheckpoints(folder / "checkpoints", config.checkpoint_every)
     start = time.monotonic()
     interrupted = False
-    with _quiet_lightning():
+    with _quiet_lightning(), _matmul_precision(config.matmul_precision):
         trainer = _trainer(config, module, checkpoints, position["step"] if resume else None)
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoints.last if resume else None)
@@ -182,6 +182,8 @@ def _checkpoint_to_resume(config: RunConfig) -> dict[str, Any]:
     checkpoint = read_checkpoint(checkpoint_path(config.out, "last"))
     before, now = checkpoint["train_config"], config.to_dict()
     before = before | {"model": before.get("model") or TrainConfig.model}  # which once was the only one
+    # Settings younger than the run were what is their default now.
+    before = {name: field.default for name, field in type(config).__dataclass_fields__.items()} | before
     if before["model"] != now["model"]:
         raise ValueError(f"{config.out} holds a run of {before['model']}, which cannot go on as {now['model']}")
     for name, value in now.items():
@@ -237,6 +239,16 @@ def _trainer(config: RunConfig, module: RunModule, checkpoints: RunCheckpoints, 
         )
     except MisconfigurationException as error:  # a device or a precision this machine has not
         raise ValueError(" ".join(str(error).split())) from error
+
+
+@contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager
