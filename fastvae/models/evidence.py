@@ -10,26 +10,32 @@ from torch import Tensor, nn
 
 from fastvae.functional import importance_weighted_bound
 
+FREE_BITS_PER = ("dimension", "batch")
 
-def free_bits_kl(kl: Tensor, free_bits: float) -> Tensor:
+
+def free_bits_kl(kl: Tensor, free_bits: float, per: str = "dimension") -> Tensor:
     """Sum over the parts of z of max(free_bits, mean of their KL over the batch): below, the KL has no gradient.
 
     Args:
         kl: KL in nats, `(batch, parts)`.
         free_bits: lambda, nats a part.
+        per: "dimension" takes each dimension as a part; "batch" the whole z as one.
 
     Returns:
         Nats per datum, a scalar.
 
     Source: Kingma et al., Improving Variational Inference with Inverse Autoregressive Flow (2016), equation 15.
     """
-    return kl.mean(0).clamp_min(free_bits).sum()
+    mean = kl.mean(0)
+    return (mean if per == "dimension" else mean.sum()).clamp_min(free_bits).sum()
 
 
-def check_free_bits(free_bits: float) -> None:
-    """Raise ValueError unless `free_bits` is a finite number of nats, at least 0."""
+def check_free_bits(free_bits: float, per: str = "dimension") -> None:
+    """Raise ValueError unless `free_bits` is a finite number of nats, at least 0, and `per` says of what."""
+    if per not in FREE_BITS_PER:
+        raise ValueError(f"free_bits_per: expected one of {', '.join(map(repr, FREE_BITS_PER))}, got {per!r}")
     if not 0 <= free_bits < float("inf"):
-        raise ValueError(f"free_bits: expected at least 0 nats per dimension, got {free_bits}")
+        raise ValueError(f"free_bits: expected at least 0 nats, got {free_bits}")
 
 
 def importance_weighted_nll(draw: Callable[[int], tuple[Tensor, Tensor]], num_samples: int, chunk: int) -> Tensor:

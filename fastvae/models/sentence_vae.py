@@ -5,32 +5,40 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastvae.functional import bag_of_words_loss
 from fastvae.models.evidence import check_free_bits, evaluating, free_bits_kl, importance_weighted_nll
 from fastvae.models.pretrained import Pretrained
 from fastvae.nn import (
+    BatchNormGaussianHead,
     GaussianHead,
     GRUDecoder,
     GRUEncoder,
+    LatentAdversary,
     LSTMDecoder,
     LSTMEncoder,
     TransformerDecoder,
     TransformerEncoder,
+    noisy_words,
 )
 from fastvae.nn.sentences import SentenceDecoder, SentenceEncoder, checked_lengths
 from fastvae.nn.transformer import Positions
+from fastvae.nn.word_noise import check_noise
+from fastvae.ops.backend import compute_dtype
 
 ENCODERS: dict[str, type[Any]] = {"lstm": LSTMEncoder, "gru": GRUEncoder, "transformer": TransformerEncoder}
 DECODERS: dict[str, type[Any]] = {"lstm": LSTMDecoder, "gru": GRUDecoder, "transformer": TransformerDecoder}
-_DECODER_STREAM = 0x5851F42D4C957F2D  # any large number: word dropout's seed is this far from the noise's
+REGULARIZERS = ("kl", "none", "adversarial")
+_STREAM = 0x5851F42D4C957F2D  # any large number: word dropout's seed is this far from the noise's
 
 
 class SentenceVAEOutput(NamedTuple):
     """Losses of a batch, in nats.
 
     Attributes:
-        loss: scalar to minimise, nats per sentence, batch mean: nll + kl_weight * kl, with free bits if any.
+        loss: scalar to minimise, nats per sentence, batch mean: nll + kl_weight * kl, with free bits if any, and with
+            the auxiliary losses that the model has.
         nll: -log p(x|z) of each sentence, `(batch,)`.
         kl: KL(q(z|x) || N(0, I)) of each sentence, neither weighted nor bounded, `(batch,)`.
         tokens: predicted tokens of each sentence, `</s>` counted and `<s>` not, int64 `(batch,)`.
@@ -69,9 +77,20 @@ class SentenceVAE(Pretrained):
         variational_dropout: drop the same entries of the states at all steps of a sentence.
         tie_weights: the decoder's output layer uses its embedding; needs `embed_dim == hidden_size`.
         share_embedding: encoder and decoder use the same embedding.
+        batch_norm: gamma of a `BatchNormGaussianHead`, which keeps the KL above latent_dim * gamma^2 / 2 nats; 0 leaves
+            the posterior's means as they are.
+        bag_of_words: weight of an auxiliary loss, in which z alone tells the words of the sentence in any order (Zhao
+            et al., Learning Discourse-level Diversity for Neural Dialog Models, 2017, section 3.3); 0 for none.
+        encoder_noise: "drop", "blank", "substitute" or "shuffle" the words that the encoder reads in training, as
+            `noisy_words`: a denoising auto-encoder; None for none.
+        encoder_noise_level: share of the words that it hits; of "shuffle" how far a word may move.
+        regularizer: "kl"; "none" makes z the posterior's mean: a plain auto-encoder; "adversarial" does likewise and
+            has a `LatentAdversary` pull these codes towards N(0, I). Without "kl" the KL counts as 0, and the -ELBO
+            is the reconstruction alone: no bound of anything.
         pad_index, bos_index, eos_index, unk_index: special tokens, by default as `fastvae.data.Vocabulary`.
 
-    Source: Bowman et al., Generating Sentences from a Continuous Space (2016).
+    Sources: Bowman et al., Generating Sentences from a Continuous Space (2016); of the options, in the classes and
+    functions named.
     """
 
     def __init__(
@@ -95,6 +114,11 @@ class SentenceVAE(Pretrained):
         variational_dropout: bool = False,
         tie_weights: bool = False,
         share_embedding: bool = False,
+        batch_norm: float = 0.0,
+        bag_of_words: float = 0.0,
+        encoder_noise: str | None = None,
+        encoder_noise_level: float = 0.1,
+        regularizer: str = "kl",
         pad_index: int = 0,
         bos_index: int = 2,
         eos_index: int = 3,
@@ -106,6 +130,14 @@ class SentenceVAE(Pretrained):
         for name, kind, kinds in (("encoder", encoder, ENCODERS), ("decoder", decoder, DECODERS)):
             if kind not in kinds:
                 raise ValueError(f"{name}: expected one of {', '.join(kinds)}, got {kind!r}")
+        if regularizer not in REGULARIZERS:
+            raise ValueError(f"regularizer: expected one of {', '.join(REGULARIZERS)}, got {regularizer!r}")
+        if not 0 <= bag_of_words < float("inf"):
+            raise ValueError(f"bag_of_words: expected a weight of at least 0, got {bag_of_words}")
+        if encoder_noise is not None:
+            check_noise(encoder_noise, encoder_noise_level)
+        self.bag_of_words, self.regularizer = bag_of_words, regularizer
+        self.encoder_noise, self.encoder_noise_level = encoder_noise, encoder_noise_level
         shared: dict[str, Any] = {
             "dropout": dropout,
             "layer_dropout": layer_dropout,
@@ -115,7 +147,11 @@ class SentenceVAE(Pretrained):
         }
         attention = {"num_heads": num_heads, "feedforward_size": feedforward_size, "positions": positions}
         self.latent_dim = latent_dim
-        self.head = GaussianHead(hidden_size, latent_dim)
+        self.head = (
+            BatchNormGaussianHead(hidden_size, latent_dim, batch_norm)
+            if batch_norm
+            else GaussianHead(hidden_size, latent_dim)
+        )
         self.decoder: SentenceDecoder = DECODERS[decoder](
             vocab_size,
             embed_dim,
@@ -138,6 +174,14 @@ class SentenceVAE(Pretrained):
             **shared | (attention if encoder == "transformer" else {}),
         )
 
+        self.words = self.adversary = None
+        if bag_of_words:
+            self.words = nn.Sequential(
+                nn.Linear(latent_dim, hidden_size), nn.Tanh(), nn.Linear(hidden_size, vocab_size)
+            )
+        if regularizer == "adversarial":
+            self.adversary = LatentAdversary(latent_dim, hidden_size)
+
     def forward(
         self,
         tokens: Tensor,
@@ -145,6 +189,7 @@ class SentenceVAE(Pretrained):
         *,
         kl_weight: float | Tensor = 1.0,
         free_bits: float = 0.0,
+        free_bits_per: str = "dimension",
         generator: torch.Generator | None = None,
         seed: Tensor | None = None,
     ) -> SentenceVAEOutput:
@@ -152,35 +197,74 @@ class SentenceVAE(Pretrained):
 
         With `free_bits` lambda, the loss takes the sum over latent dimensions d of max(lambda, mean over
         the batch of KL_d) in place of the mean KL (Kingma et al. 2016, equation 15): below lambda nats a
-        dimension gets no gradient from the KL. Under DDP the mean is each process's own.
+        dimension gets no gradient from the KL. Per batch, it takes max(lambda, mean KL) of the whole z. Under DDP the
+        mean is each process's own.
 
         Args:
             tokens: `(batch, time)` int64, each row `<s> ... </s>`, padded on the right.
             lengths: `(batch,)` int64, `<s>` and `</s>` counted; None counts the tokens that are not padding.
             kl_weight: weight of the KL in `loss`. In a compiled graph, give a 0-dim tensor to
-                change it from step to step without compiling again.
-            free_bits: lambda, nats per latent dimension.
-            generator: source of the noise and of word dropout; the global generator when None.
-            seed: int64 tensor of shape (1,) that fixes both, in place of `generator`; the form to use in
+                change it from step to step without compiling again. Of an adversary, the weight of what it tells
+                the encoder.
+            free_bits: lambda, nats per latent dimension, or in all.
+            free_bits_per: "dimension" or "batch".
+            generator: source of the noise, all kinds of it, and of word dropout; the global generator when None.
+            seed: int64 tensor of shape (1,) that fixes them, in place of `generator`; the form to use in
                 a compiled graph. `dropout` follows torch's global generator in any case.
 
         Returns:
             loss, nll, kl and the number of predicted tokens; `.neg_elbo` is unweighted.
 
         Raises:
-            TypeError, ValueError, IndexError: as `LSTMDecoder.forward`; ValueError for negative `free_bits`.
+            TypeError, ValueError, IndexError: as `LSTMDecoder.forward`; ValueError for negative `free_bits`, or
+                some without a KL.
         """
-        check_free_bits(free_bits)
+        check_free_bits(free_bits, free_bits_per)
+        if free_bits and self.regularizer != "kl":
+            raise ValueError(f"free_bits: expected 0 with regularizer {self.regularizer!r}, got {free_bits}")
         lengths = checked_lengths(tokens, lengths, self.decoder.pad_index, shortest=2)
-        z, kl_per_dimension, _, _ = self.head(
-            self.encoder(tokens, lengths), reduction="none", generator=generator, seed=seed
-        )
-        # One seed for both would make z and word dropout from the same random numbers.
-        decoder_seed = None if seed is None else seed + _DECODER_STREAM
-        nll = self.decoder(tokens, z, lengths, generator=generator, seed=decoder_seed)
+
+        def source(stream: int) -> dict[str, Any]:
+            # One seed for all would make z, word dropout and the rest from the same random numbers.
+            return {"generator": generator, "seed": None if seed is None else seed + stream * _STREAM}
+
+        hidden = self.encoder(*self._read(tokens, lengths, **source(2)))
+        if self.regularizer == "kl":
+            z, kl_per_dimension, _, _ = self.head(hidden, reduction="none", **source(0))
+        else:
+            z = self.head.parameters_of(hidden)[0]
+            kl_per_dimension = torch.zeros_like(z, dtype=compute_dtype(z))
+        nll = self.decoder(tokens, z, lengths, **source(1))
         kl = kl_per_dimension.sum(-1)
-        charged = free_bits_kl(kl_per_dimension, free_bits) if free_bits > 0 else kl.mean()
-        return SentenceVAEOutput(nll.mean() + kl_weight * charged, nll, kl, lengths - 1)
+        charged = free_bits_kl(kl_per_dimension, free_bits, free_bits_per) if free_bits > 0 else kl.mean()
+        loss = nll.mean() + kl_weight * charged
+        if self.adversary is not None:
+            loss = loss + self.adversary(z, kl_weight, **source(3))
+        if self.words is not None:
+            last: Any = self.words[-1]
+            inner = lengths - 2  # neither <s> nor </s>
+            bag = bag_of_words_loss(self.words[:-1](z), last.weight, tokens[:, 1:], last.bias, lengths=inner)
+            loss = loss + self.bag_of_words * bag
+        return SentenceVAEOutput(loss, nll, kl, lengths - 1)
+
+    def _read(
+        self, tokens: Tensor, lengths: Tensor, generator: torch.Generator | None, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the encoder reads in training."""
+        if self.encoder_noise is None or not self.training:
+            return tokens, lengths
+        special = (self.decoder.pad_index, self.decoder.bos_index, self.decoder.eos_index, self.decoder.unk_index)
+        return noisy_words(
+            tokens,
+            lengths,
+            self.encoder_noise,
+            self.encoder_noise_level,
+            vocab_size=self.decoder.vocab_size,
+            unk_index=self.config["unk_index"],
+            special=tuple(index for index in special if index is not None),
+            generator=generator,
+            seed=seed,
+        )
 
     def encode(self, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Posterior q(z|x) of each sentence.
@@ -190,10 +274,12 @@ class SentenceVAE(Pretrained):
             lengths: `(batch,)` int64, as in `forward`.
 
         Returns:
-            mean and log_var, each `(batch, latent_dim)`.
+            mean and log_var, each `(batch, latent_dim)`. Without a KL the posterior is a point, for which a log_var of
+            -20 stands.
         """
         lengths = checked_lengths(tokens, lengths, self.decoder.pad_index, shortest=2)
-        return self.head.parameters_of(self.encoder(tokens, lengths))
+        mean, log_var = self.head.parameters_of(self.encoder(tokens, lengths))
+        return mean, log_var if self.regularizer == "kl" else torch.full_like(log_var, -20.0)
 
     def decode(
         self,
@@ -302,10 +388,12 @@ class SentenceVAE(Pretrained):
             Nats per sentence, float64, `(batch,)`.
 
         Raises:
-            ValueError: if `num_samples` or `chunk` is below 1, and as `forward`.
+            ValueError: if `num_samples` or `chunk` is below 1, for an auto-encoder without a KL, and as `forward`.
 
         Source: Burda et al., Importance Weighted Autoencoders (2016), equation 8.
         """
+        if self.regularizer != "kl":
+            raise ValueError(f"regularizer {self.regularizer!r} has no posterior density to weigh samples by")
         lengths = checked_lengths(tokens, lengths, self.decoder.pad_index, shortest=2)
         with evaluating(self):
             hidden = self.encoder(tokens, lengths)

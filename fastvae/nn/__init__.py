@@ -1,7 +1,9 @@
 """Drop-in `torch.nn` layers over the fused ops of `fastvae.functional`."""
 
+from fastvae.nn.adversary import LatentAdversary, reverse_gradient
 from fastvae.nn.export import DecoderStart, DecoderStep, ExportedDecoder, export_decoder, export_onnx
 from fastvae.nn.gaussian import (
+    BatchNormGaussianHead,
     FullGaussianHead,
     FullGaussianPosterior,
     GaussianHead,
@@ -13,9 +15,11 @@ from fastvae.nn.lstm import DecoderModules, LSTMDecoder, LSTMEncoder
 from fastvae.nn.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, OneHot
 from fastvae.nn.sparse import LISTA, SparseAutoEncoder, SparseAutoEncoderOutput, SparseCoding
 from fastvae.nn.transformer import TransformerDecoder, TransformerEncoder
+from fastvae.nn.word_noise import noisy_words
 
 __all__ = [
     "LISTA",
+    "BatchNormGaussianHead",
     "ConvDecoder",
     "ConvEncoder",
     "DecoderModules",
@@ -31,6 +35,7 @@ __all__ = [
     "GaussianPosterior",
     "LSTMDecoder",
     "LSTMEncoder",
+    "LatentAdversary",
     "MLPDecoder",
     "MLPEncoder",
     "OneHot",
@@ -42,4 +47,6 @@ __all__ = [
     "WeightedSamples",
     "export_decoder",
     "export_onnx",
+    "noisy_words",
+    "reverse_gradient",
 ]

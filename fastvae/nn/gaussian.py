@@ -182,6 +182,49 @@ class GaussianHead(nn.Module):
         return f"{self.in_features}, {self.latent_dim}, fused={self.fused}"
 
 
+class BatchNormGaussianHead(GaussianHead):
+    """`GaussianHead` whose means are normalized over the batch, which keeps the KL from vanishing.
+
+    In a batch the means of a dimension d have standard deviation `scale` and average shift_d, so the KL, averaged over
+    the batch, is at least latent_dim * scale^2 / 2 nats, whatever the weights. In evaluation mode the running average
+    of the batches takes their place, as in `nn.BatchNorm1d`.
+
+    Args:
+        in_features: size of the incoming hidden vector.
+        latent_dim: number of latent dimensions.
+        scale: gamma, above 0, which is not learned; shift is.
+
+    Source: Zhu et al., A Batch Normalized Inference Network Keeps the KL Vanishing Away (2020).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        latent_dim: int,
+        scale: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, latent_dim, device=device, dtype=dtype)
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale: expected above 0, got {scale}")
+        self.scale = scale
+        # Of a variance below eps the bound would not hold.
+        self.norm = nn.BatchNorm1d(latent_dim, eps=1e-12, affine=False, device=device, dtype=dtype)
+        self.shift = nn.Parameter(torch.zeros(latent_dim, device=device, dtype=dtype))
+
+    def parameters_of(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """As `GaussianHead.parameters_of`; in training mode the batch must have 2 rows or more."""
+        mean, log_var = super().parameters_of(hidden)
+        normalized: Tensor = self.norm(mean.reshape(-1, self.latent_dim)).view_as(mean)
+        return self.scale * normalized + self.shift, log_var
+
+    def extra_repr(self) -> str:
+        """List the settings for `print`."""
+        return f"{self.in_features}, {self.latent_dim}, scale={self.scale}"
+
+
 class FullGaussianHead(nn.Module):
     """Gaussian posterior with full covariance: one linear layer, then sampling and KL in one fused pass.
 

@@ -24,6 +24,9 @@ CHOICES = {
     "encoder": ("lstm", "gru", "transformer", "mlp", "conv"),
     "decoder": ("lstm", "gru", "transformer"),
     "positions": ("sinusoidal", "learned"),
+    "free_bits_per": ("dimension", "batch"),
+    "encoder_noise": ("none", "drop", "blank", "substitute", "shuffle"),
+    "regularizer": ("kl", "none", "adversarial"),
     "matmul_precision": ("highest", "high", "medium"),
     "likelihood": ("auto", "bernoulli", "gaussian", "categorical"),
     "posterior": ("diagonal", "full"),
@@ -33,7 +36,8 @@ CHOICES = {
 }
 _AT_LEAST = {
     0: "max_length workers max_tokens max_minutes kl_start kl_weight kl_steps free_bits patience seed checkpoint_every "
-    "image_size beta level mutual_information_weight warmup_steps",
+    "image_size beta level mutual_information_weight warmup_steps "
+    "batch_norm bag_of_words encoder_noise_level aggressive_steps",
     1: "min_count embed_dim hidden_size latent_dim num_layers batch_size epochs devices log_every num_samples "
     "variables components num_heads",
     5: "vocab_size",
@@ -173,6 +177,11 @@ class TrainConfig(TextConfig, KLConfig):
             the vocabulary, for a step. variational_dropout: drop alike at all steps of a sentence.
         tie_weights: the output layer uses the decoder's embedding (embed_dim must equal hidden_size).
         share_embedding: encoder and decoder use the same embedding.
+        free_bits_per: "dimension", or "batch" where free_bits are of the KL in all.
+        batch_norm, bag_of_words, encoder_noise, encoder_noise_level, regularizer: as in `fastvae.models.SentenceVAE`.
+            The KL's weight is that of an adversary too.
+        aggressive_steps: while I(z;x) of the validation text rises, at most this many steps of the encoder alone before
+            each step of the decoder (He et al. 2019); 0 trains both together from the start.
     """
 
     model: str = "sentence_vae"
@@ -191,10 +200,25 @@ class TrainConfig(TextConfig, KLConfig):
     variational_dropout: bool = False
     tie_weights: bool = False
     share_embedding: bool = False
+    free_bits_per: str = "dimension"
+    batch_norm: float = 0.0
+    bag_of_words: float = 0.0
+    encoder_noise: str = "none"
+    encoder_noise_level: float = 0.1
+    regularizer: str = "kl"
+    aggressive_steps: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_layers(self)
+        if self.free_bits and self.regularizer != "kl":
+            raise ValueError(f"free_bits must be 0 where regularizer is {self.regularizer!r}, got {self.free_bits}")
+        if self.encoder_noise != "shuffle" and not self.encoder_noise_level <= 1:
+            raise ValueError(
+                f"encoder_noise_level is a share, at most 1, but for shuffle, got {self.encoder_noise_level}"
+            )
+        if self.aggressive_steps and (self.devices > 1 or self.streaming or self.precision == "16-mixed"):
+            raise ValueError("aggressive_steps needs one device, no streaming, and precision 32 or bf16-mixed")
         _check_encoder(self.encoder, CHOICES["decoder"])
         for name in ("encoder_layers", "feedforward_size"):
             if (value := getattr(self, name)) is not None and value < 1:

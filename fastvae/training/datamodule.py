@@ -112,6 +112,7 @@ class TextDataModule(RunDataModule):
         self._longest = config.max_length + 2 if config.max_length else None  # <s> and </s> count
         self._train = None if config.streaming else TextCorpus(sentences, self.vocabulary, self._longest)
         self.valid = TextCorpus(validation_sentences(config), self.vocabulary)
+        self._drawable: list[list[int]] | None = None
         if self._train is not None:  # a wrong batch size is better told now than from inside the trainer
             self._sampler()
 
@@ -140,6 +141,19 @@ class TextDataModule(RunDataModule):
         sampler = self._sampler()
         sampler.set_epoch(epoch)
         return EpochLoader(DataLoader(self._train, batch_sampler=sampler, collate_fn=collate, **settings), skip)
+
+    def random_batches(self, seed: int, count: int) -> Iterator[TextBatch]:
+        """Give training batches drawn with replacement, beside those of the epochs.
+
+        Args:
+            seed: the same seed gives the same batches.
+            count: how many.
+        """
+        assert self._train is not None
+        if self._drawable is None:
+            self._drawable = list(self._sampler())
+        for place in torch.randint(len(self._drawable), (count,), generator=torch.Generator().manual_seed(seed)):
+            yield collate([self._train[i] for i in self._drawable[place]])
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the validation batches: every sentence once, over all processes."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvae.models import SentenceVAE, SentenceVAEOutput
 from fastvae.training.config import KLConfig, RunConfig, TextConfig, TrainConfig
-from fastvae.training.metrics import ACTIVE_VARIANCE, RunningMoments, perplexity
+from fastvae.training.metrics import ACTIVE_VARIANCE, RunningMoments, mutual_information, perplexity
 from fastvae.training.schedules import Schedule, make_schedule
 
 if TYPE_CHECKING:
@@ -23,8 +23,11 @@ _VALIDATION_SEED = 0x5EED  # the validation -ELBO of two epochs differs by the w
 _OF_SENTENCE_VAE = (
     *("encoder", "decoder", "embed_dim", "hidden_size", "latent_dim", "num_layers", "encoder_layers", "num_heads"),
     *("feedforward_size", "positions", "word_dropout", "dropout", "layer_dropout", "embedding_dropout"),
-    *("variational_dropout", "tie_weights", "share_embedding"),
+    *("variational_dropout", "tie_weights", "share_embedding", "batch_norm", "bag_of_words", "encoder_noise_level"),
+    "regularizer",
 )
+_ENCODER_STEPS = 10  # of aggressive training between two looks at the loss
+_INFORMATION_SENTENCES = 2048  # whose I(z;x) tells when to end it
 _CHECK_EVERY = 50  # steps between two looks at the losses where a look stalls the device
 
 
@@ -362,15 +365,27 @@ class SentenceVAEModule(TextModule):
     model: SentenceVAE
     config: TrainConfig
 
+    def __init__(self, model: SentenceVAE, config: TrainConfig) -> None:
+        super().__init__(model, config)
+        self.aggressive = config.aggressive_steps > 0
+        self._information = -math.inf  # I(z;x) of the validation before
+        self._posteriors: list[tuple[Tensor, Tensor]] = []
+
     @classmethod
     def build_model(cls, config: TrainConfig, data: TextDataModule) -> SentenceVAE:
         """Build the untrained model of a run."""
-        return SentenceVAE(**shared_arguments(config, data.vocabulary, _OF_SENTENCE_VAE))
+        noise = None if config.encoder_noise == "none" else config.encoder_noise
+        return SentenceVAE(**shared_arguments(config, data.vocabulary, _OF_SENTENCE_VAE), encoder_noise=noise)
 
     def losses(self, batch: TextBatch, kl_weight: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Return the loss and the sums of nll, kl, tokens and sentences."""
         output: SentenceVAEOutput = self.model(
-            batch.tokens, batch.lengths, kl_weight=kl_weight, free_bits=self.config.free_bits, generator=generator
+            batch.tokens,
+            batch.lengths,
+            kl_weight=kl_weight,
+            free_bits=self.config.free_bits,
+            free_bits_per=self.config.free_bits_per,
+            generator=generator,
         )
         return output.loss, row_sums(output.nll, output.kl, output.tokens)
 
@@ -384,6 +399,71 @@ class SentenceVAEModule(TextModule):
         count = max(sentences, 1.0)
         ppl = perplexity(nll + kl, tokens)
         return {"neg_elbo": (nll + kl) / count, "nll": nll / count, "kl": kl / count, "ppl": ppl}
+
+    # Aggressive training: He et al., Lagging Inference Networks and Posterior Collapse in VAEs (2019), algorithm 1
+
+    def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
+        """Train the encoder alone first while training is aggressive, then return the loss of a batch."""
+        if self.aggressive:
+            self._train_encoder()
+        return super().training_step(batch, batch_idx)
+
+    def on_after_backward(self) -> None:
+        """Leave this step to the decoder while training is aggressive."""
+        if self.aggressive:
+            for parameter in self.encoder_parameters():
+                parameter.grad = None
+
+    def encoder_parameters(self) -> list[torch.nn.Parameter]:
+        """Return the parameters of q(z|x) that are not the decoder's too."""
+        shared = {id(parameter) for parameter in self.model.decoder.parameters()}
+        both = [*self.model.encoder.parameters(), *self.model.head.parameters()]
+        return [parameter for parameter in both if id(parameter) not in shared]
+
+    def _train_encoder(self) -> None:
+        """Step on random batches until the mean loss of ten of them no longer falls."""
+        wrapped: Any = self.optimizers()
+        optimizer = wrapped.optimizer  # whose steps Lightning does not count
+        optimizer.zero_grad(set_to_none=True)
+        parameters, before, recent = self.encoder_parameters(), math.inf, 0.0
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        seed = self.config.seed * 1_000_003 + self.global_step
+        for step, batch in enumerate(data.random_batches(seed, self.config.aggressive_steps), 1):
+            loss, _ = self.losses(batch.to(self.device), self.kl_weight, None)
+            for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.grad = grad
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
+            optimizer.step()
+            recent += float(loss.detach())
+            if step % _ENCODER_STEPS == 0:
+                if not recent < before:
+                    break
+                before, recent = recent, 0.0
+        optimizer.zero_grad(set_to_none=True)
+
+    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
+        """Add the un-annealed terms of a batch, and keep its posteriors while training is aggressive."""
+        super().validation_step(batch, batch_idx)
+        if self.aggressive and sum(len(mean) for mean, _ in self._posteriors) < _INFORMATION_SENTENCES:
+            self._posteriors.append(self.model.encode(batch.tokens, batch.lengths))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the averages, and end aggressive training where I(z;x) no longer rises."""
+        super().on_validation_epoch_end()
+        if self.aggressive:
+            information = mutual_information(*(torch.cat(part) for part in zip(*self._posteriors, strict=True)))
+            self.aggressive, self._information = information > self._information, information
+            self._posteriors = []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add whether training is still aggressive."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["aggressive"] = [self.aggressive, self._information]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore whether training is still aggressive."""
+        super().on_load_checkpoint(checkpoint)
+        self.aggressive, self._information = checkpoint.get("aggressive", [self.aggressive, self._information])
 
 
 def row_sums(*terms: Tensor) -> Tensor:
