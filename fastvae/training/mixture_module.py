@@ -66,7 +66,7 @@ class MixtureVAEModule(TextModule):
         mean = sums / count
         nll, kl, dispersion, log_q, tokens = mean[:5].tolist()
         codes = mean[5:-1].view(self.model.variables, self.model.components)
-        information = log_q + code_entropy(codes)
+        information = log_q + float(code_entropy(codes).sum())
         relief = self.model.beta * dispersion + self.model.mutual_information_weight * information
         return {
             "objective": nll + kl - relief,
