@@ -32,6 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """What each kind fixes of the arguments of `MixtureVAE`."""
 
+_SPREAD = 2.0  # deviation of the components' first parameters: modes that begin together seldom part
 _STREAM = 0x5851F42D4C957F2D  # any large number: the seeds of codes and word dropout are this far from that of z
 
 
@@ -174,7 +175,7 @@ class MixtureVAE(Pretrained):
         self.code_head = nn.Linear(hidden_size, variables * components)
         if latent_dim:
             size = variables * latent_dim
-            self.head = nn.Linear(hidden_size, size) if self.categorical else GaussianHead(hidden_size, size)
+            self.head: Any = nn.Linear(hidden_size, size) if self.categorical else GaussianHead(hidden_size, size)
         if prior != "none":
             self._add_components()
         self.decoder = LSTMDecoder(
@@ -219,7 +220,7 @@ class MixtureVAE(Pretrained):
     def _add_components(self) -> None:
         """Add p(z|c): parameters of a mixture, spread out at first; constants of a standard prior."""
         shape = self.variables, self.components, self.latent_dim or 1
-        start = torch.randn(shape) if self.prior == "mixture" else torch.zeros(shape)
+        start = _SPREAD * torch.randn(shape) if self.prior == "mixture" else torch.zeros(shape)
         values = {"component_logits": start} if self.categorical or not self.latent_dim else {
             "component_mean": start, "component_log_var": torch.zeros(shape)
         }  # fmt: skip
