@@ -17,7 +17,6 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from fastvae.data.assistant import SPLITS as ASSISTANT_SPLITS
 from fastvae.data.assistant import assistant_sentences
-from fastvae.data.dailydialog import dailydialog_sentences
 from fastvae.data.vocabulary import Vocabulary
 
 SPLIT_NAMES = ("train", "valid", "test")
@@ -27,8 +26,20 @@ def _folder(folder: Path, split: str) -> list[str]:
     return list(read_sentences(folder / f"{split}.txt"))
 
 
+def _dailydialog(folder: Path, split: str) -> list[str]:
+    from fastvae.data.dailydialog import dailydialog_dialogues
+
+    return [utterance.text for dialogue in dailydialog_dialogues(folder, split) for utterance in dialogue]
+
+
+def _smd(folder: Path, split: str) -> list[str]:
+    from fastvae.data.smd import smd_exchanges
+
+    return [exchange.response for exchange in smd_exchanges(folder, split)]
+
+
 # Corpora by name: each reads a split from the folder of its name in the one that FASTVAE_DATA names.
-CORPORA: dict[str, Callable[[Path, str], list[str]]] = {"ptb": _folder, "dailydialog": dailydialog_sentences}
+CORPORA: dict[str, Callable[[Path, str], list[str]]] = {"ptb": _folder, "dailydialog": _dailydialog, "smd": _smd}
 
 
 def read_sentences(path: str | os.PathLike[str]) -> Iterator[str]:

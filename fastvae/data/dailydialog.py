@@ -6,6 +6,9 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from fastvae.data.corpus import read_sentences
+from fastvae.data.dialogues import Exchange
+
 ACTS = ("inform", "question", "directive", "commissive")
 EMOTIONS = ("none", "anger", "disgust", "fear", "happiness", "sadness", "surprise")
 _FILES = {"train": "train", "valid": "validation", "test": "test"}
@@ -41,8 +44,6 @@ def dailydialog_dialogues(folder: Path, split: str) -> list[list[LabelledUtteran
 
     Source: Li et al., DailyDialog: A Manually Labelled Multi-turn Dialogue Dataset (2017).
     """
-    from fastvae.data.corpus import read_sentences  # which knows this corpus by name
-
     path = folder / f"{_FILES[split]}.txt"
     lines = [list(read_sentences(path.with_stem(path.stem + suffix))) for suffix in ("", "_act", "_emotion")]
     if len({len(part) for part in lines}) > 1:
@@ -65,9 +66,16 @@ def dailydialog_dialogues(folder: Path, split: str) -> list[list[LabelledUtteran
     return dialogues
 
 
-def dailydialog_sentences(folder: Path, split: str) -> list[str]:
-    """Give the utterances of one split, as text; arguments and errors as `dailydialog_dialogues`."""
-    return [utterance.text for dialogue in dailydialog_dialogues(folder, split) for utterance in dialogue]
+def dailydialog_exchanges(folder: Path, split: str) -> list[Exchange]:
+    """Give each utterance but a dialogue's first as an answer to those before it, labelled with its act.
+
+    Arguments and errors as `dailydialog_dialogues`.
+    """
+    return [
+        Exchange(tuple(said.text for said in dialogue[:turn]), dialogue[turn].text, ACTS[dialogue[turn].act])
+        for dialogue in dailydialog_dialogues(folder, split)
+        for turn in range(1, len(dialogue))
+    ]
 
 
 def _labels(path: Path, number: int, text: str, first: int, names: tuple[str, ...]) -> list[int]:
