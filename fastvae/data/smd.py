@@ -1,4 +1,4 @@
-"""The Stanford multi-domain in-car dialogues: a driver asks, an assistant answers about schedules, weather, and the way.
+"""The Stanford multi-domain in-car dialogues: drivers ask about the way, the weather and dates.
 
 The training part is a table of exchanges, train_pairs.csv: context, response, intent. Its contexts are lower-cased and
 without punctuation. The others are JSON, kvret_dev_public.json and kvret_test_public.json, a list of dialogues; they
@@ -19,7 +19,7 @@ from fastvae.data.dialogues import Exchange
 
 INTENTS = ("navigate", "schedule", "weather")
 _FILES = {"valid": "kvret_dev_public.json", "test": "kvret_test_public.json"}
-_WORD = r"[^\W_]+(?:['’:.-][^\W_]+)*"
+_WORD = "[^\\W_]+(?:['\u2019:.-][^\\W_]+)*"
 
 
 def smd_exchanges(folder: Path, split: str) -> list[Exchange]:
@@ -53,7 +53,9 @@ def _table(path: Path) -> list[tuple[list[str], str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.reader(file), start=1):
             if len(row) != 3 or row[2] not in INTENTS:
-                raise ValueError(f"{path}, row {number}: expected context, response, and {', '.join(INTENTS)}, got {row}")
+                raise ValueError(
+                    f"{path}, row {number}: expected context, response, and {', '.join(INTENTS)}, got {row}"
+                )
             rows.append((row[0].split("<eou>"), row[1], row[2]))
     return rows
 

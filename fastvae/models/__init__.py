@@ -7,6 +7,7 @@ from fastvae.models.autoencoder import (
     SparseAutoEncoder,
     SparseAutoEncoderOutput,
 )
+from fastvae.models.dialogue import DialogueModel, DialogueOutput
 from fastvae.models.mixture_vae import MixturePosterior, MixtureVAE, MixtureVAEOutput
 from fastvae.models.pretrained import Pretrained
 from fastvae.models.sentence_vae import SentenceVAE, SentenceVAEOutput
@@ -17,6 +18,8 @@ __all__ = [
     "VAE",
     "AutoEncoderOutput",
     "DenoisingAutoEncoder",
+    "DialogueModel",
+    "DialogueOutput",
     "LinearAutoEncoder",
     "MixturePosterior",
     "MixtureVAE",

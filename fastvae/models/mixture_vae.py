@@ -175,7 +175,7 @@ class MixtureVAE(Pretrained):
         self.code_head = nn.Linear(hidden_size, variables * components)
         if latent_dim:
             size = variables * latent_dim
-            self.head: Any = nn.Linear(hidden_size, size) if self.categorical else GaussianHead(hidden_size, size)
+            self.head = nn.Linear(hidden_size, size) if self.categorical else GaussianHead(hidden_size, size)
         if prior != "none":
             self._add_components()
         self.decoder = LSTMDecoder(
@@ -331,6 +331,27 @@ class MixtureVAE(Pretrained):
                 spread = (0.5 * self.component_log_var[variable, codes]).exp()
                 z = torch.addcmul(self.component_mean[variable, codes], spread, z)
         return self._seen(z, F.one_hot(codes, self.components).to(weight.dtype))
+
+    def code_mean(self, codes: Tensor) -> Tensor:
+        """Give what the decoder sees at the mean of p(z|c), of categorical z the probabilities of its classes.
+
+        Args:
+            codes: `(batch, variables)` int64 in [0, components).
+
+        Returns:
+            `(batch, decoder.latent_dim)`.
+
+        Raises:
+            ValueError: the codes have a wrong shape or value.
+        """
+        self._check_codes(codes)
+        weight, variable = self.code_head.weight, torch.arange(self.variables, device=codes.device)
+        mean = weight.new_zeros(len(codes), self.variables, self.latent_dim)
+        if self.latent_dim and self.categorical:
+            mean = self.component_logits[variable, codes].softmax(-1)
+        elif self.prior == "mixture":
+            mean = self.component_mean[variable, codes]
+        return self._seen(mean, F.one_hot(codes, self.components).to(weight.dtype))
 
     def decode(
         self,
