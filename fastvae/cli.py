@@ -61,6 +61,8 @@ _SETTINGS: dict[str, dict[str, str]] = {
         "channels": "of the convolutions, each of which halves the image",
         "embed_dim": "size of the word embeddings",
         "hidden_size": "size of the states",
+        "vae": "folder of a run of mixture_vae, whose codes are the actions",
+        "context_words": "tokens of what was said before that are read; 0: all",
         "kind": "what the prior is and what of it the loss takes back",
         "variables": "discrete codes c of a sentence, each with a z of its own",
         "components": "values of each code",

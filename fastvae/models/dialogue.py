@@ -39,10 +39,12 @@ class DialogueModel(Pretrained):
     from the context, the decoder to write x from the context and the mean of p(z|c). So an answer can be asked for by
     its code, whatever the policy says.
 
-    `config` holds the constructor's arguments: `DialogueModel(**model.config)` builds the same model.
+    `config` holds the constructor's arguments: `DialogueModel(**model.config)` builds the same model; `over` builds one
+    on a given VAE.
 
     Args:
-        vae: the constructor's arguments of the `MixtureVAE`, whose vocabulary this model shares.
+        vocab_size: number of tokens V.
+        vae: the other arguments of the `MixtureVAE`'s constructor.
         embed_dim: size of the word embeddings.
         hidden_size: size of the context's and the decoder's state.
         num_layers: LSTM layers of context encoder and decoder each.
@@ -60,8 +62,9 @@ class DialogueModel(Pretrained):
 
     def __init__(
         self,
-        vae: dict[str, Any],
+        vocab_size: int,
         *,
+        vae: dict[str, Any],
         embed_dim: int = 256,
         hidden_size: int = 256,
         num_layers: int = 1,
@@ -70,11 +73,12 @@ class DialogueModel(Pretrained):
         share_embedding: bool = False,
     ) -> None:
         super().__init__()
-        self.vae = MixtureVAE(**vae).requires_grad_(False).eval()
+        self.vae = MixtureVAE(vocab_size, **vae).requires_grad_(False).eval()
         if self.vae.components == 1 or self.vae.prior == "none":
             raise ValueError("vae: expected a model with codes, got one with components=1")
         self.config: dict[str, Any] = {
-            "vae": dict(self.vae.config),
+            "vocab_size": vocab_size,
+            "vae": {name: value for name, value in self.vae.config.items() if name != "vocab_size"},
             "embed_dim": embed_dim,
             "hidden_size": hidden_size,
             "num_layers": num_layers,
@@ -85,7 +89,7 @@ class DialogueModel(Pretrained):
         words = self.vae.decoder
         self.policy = nn.Linear(hidden_size, self.vae.variables * self.vae.components)
         self.decoder = LSTMDecoder(
-            words.vocab_size,
+            vocab_size,
             embed_dim,
             hidden_size,
             hidden_size + words.latent_dim,
@@ -98,7 +102,7 @@ class DialogueModel(Pretrained):
             unk_index=words.unk_index,
         )
         self.context_encoder = LSTMEncoder(
-            words.vocab_size,
+            vocab_size,
             embed_dim,
             hidden_size,
             num_layers=num_layers,
@@ -106,6 +110,19 @@ class DialogueModel(Pretrained):
             pad_index=words.pad_index,
             embedding=self.decoder.embedding if share_embedding else None,
         )
+
+    @classmethod
+    def over(cls, vae: MixtureVAE, **settings: Any) -> DialogueModel:
+        """Build an untrained model on a copy of a trained VAE.
+
+        Args:
+            vae: gives the codes.
+            settings: further arguments of the constructor.
+        """
+        arguments = dict(vae.config)
+        model = cls(arguments.pop("vocab_size"), vae=arguments, **settings)
+        model.vae.load_state_dict(vae.state_dict())
+        return model
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all but the VAE, which only ever reads."""
@@ -165,8 +182,7 @@ class DialogueModel(Pretrained):
         variables, components = self.vae.variables, self.vae.components
         if not 1 <= n <= components**variables:
             raise ValueError(f"n: expected 1 to {components**variables} actions, got {n}")
-        with evaluating(self):
-            log_p = self._policy(self._state(context, context_lengths))
+        log_p = self.code_log_probabilities(context, context_lengths)
         codes = torch.zeros(len(context), 1, 0, dtype=torch.int64, device=context.device)
         scores = log_p.new_zeros(len(context), 1)
         for variable in range(variables):  # codes are independent: the best n of some begin the best n of more
@@ -175,6 +191,12 @@ class DialogueModel(Pretrained):
             earlier = codes.gather(1, (best // components).unsqueeze(2).expand(-1, -1, variable))
             codes = torch.cat([earlier, (best % components).unsqueeze(2)], 2)
         return codes, scores
+
+    @torch.no_grad()
+    def code_log_probabilities(self, context: Tensor, context_lengths: Tensor | None = None) -> Tensor:
+        """Give the log of the policy's probabilities, `(batch, variables, components)`, without dropout."""
+        with evaluating(self):
+            return self._policy(self._state(context, context_lengths))
 
     @torch.no_grad()
     def respond(

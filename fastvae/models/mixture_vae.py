@@ -32,7 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """What each kind fixes of the arguments of `MixtureVAE`."""
 
-_SPREAD = 2.0  # deviation of the components' first parameters: modes that begin together seldom part
+_SPREAD = 1.0  # deviation of the first means of the components: modes that begin together seldom part
 _STREAM = 0x5851F42D4C957F2D  # any large number: the seeds of codes and word dropout are this far from that of z
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from fastvae.data import TextCorpus, TokenBatchSampler, collate
+from fastvae.data import TokenBatchSampler, collate
 
 
-def ordered_batches(corpus: TextCorpus, batch_size: int) -> DataLoader[Any]:
-    """Return batches of every sentence of a corpus once, longest first, shared out over the processes."""
+def ordered_batches(corpus: Any, batch_size: int, collate_fn: Callable[..., Any] = collate) -> DataLoader[Any]:
+    """Return batches of every row of a corpus with `lengths` once, longest first, shared out over the processes."""
     sampler = TokenBatchSampler(corpus.lengths, batch_size=batch_size, shuffle=False)
-    return DataLoader(corpus, batch_sampler=sampler, collate_fn=collate)
+    return DataLoader(corpus, batch_sampler=sampler, collate_fn=collate_fn)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LABELS = {
     "neg_elbo": "-ELBO", "iw_nll": "IW-NLL", "nll": "NLL", "kl": "KL", "ppl": "PPL", "error": "error",
-    "objective": "objective", "dispersion": "L_d", "mutual_information": "I(c;x)",
+    "objective": "objective", "dispersion": "L_d", "mutual_information": "I(c;x)", "policy_nll": "policy",
 }  # fmt: skip
 
 

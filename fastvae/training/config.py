@@ -37,7 +37,7 @@ CHOICES = {
 _AT_LEAST = {
     0: "max_length workers max_tokens max_minutes kl_start kl_weight kl_steps free_bits patience seed checkpoint_every "
     "image_size beta level mutual_information_weight warmup_steps "
-    "batch_norm bag_of_words encoder_noise_level aggressive_steps",
+    "batch_norm bag_of_words encoder_noise_level aggressive_steps context_words",
     1: "min_count embed_dim hidden_size latent_dim num_layers batch_size epochs devices log_every num_samples "
     "variables components num_heads",
     5: "vocab_size",
@@ -266,6 +266,35 @@ class MixtureConfig(TextConfig, KLConfig):
 
 
 @dataclass(frozen=True)
+class DialogueConfig(TextConfig):
+    """Settings of a run of `fastvae.models.DialogueModel`.
+
+    Args:
+        data: a corpus of dialogues, "dailydialog" or "smd".
+        vae: folder of the run of the mixture_vae whose codes are the actions; its words are taken too.
+        context_words: how much of what was said before is read, in tokens; 0 means all.
+        num_layers: LSTM layers of the context encoder and of the decoder each.
+        word_dropout, dropout, share_embedding: as in `TrainConfig`, of context encoder and decoder.
+    """
+
+    model: str = "dialogue"
+    vae: str = ""
+    context_words: int = 60
+    num_layers: int = 1
+    word_dropout: float = 0.0
+    dropout: float = 0.0
+    share_embedding: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_layers(self)
+        if not self.vae:
+            raise ValueError("vae is missing: give the folder of a run of mixture_vae (--vae FOLDER)")
+        if self.streaming or self.valid is not None:
+            raise ValueError("streaming and valid are for text files, and a dialogue model takes a corpus of dialogues")
+
+
+@dataclass(frozen=True)
 class ArrayConfig(RunConfig):
     """Settings of a run on vectors or images.
 
@@ -407,7 +436,7 @@ def _check_layers(config: Any) -> None:
     for name in ("word_dropout", "dropout", "layer_dropout", "embedding_dropout"):
         if not 0.0 <= getattr(config, name, 0.0) < 1.0:
             raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
-    if config.tie_weights and config.embed_dim != config.hidden_size:
+    if getattr(config, "tie_weights", False) and config.embed_dim != config.hidden_size:
         sizes = f"{config.embed_dim} and {config.hidden_size}"
         raise ValueError(f"tie_weights needs embed_dim equal to hidden_size, got {sizes}")
 
@@ -425,7 +454,7 @@ def _check_log_var(log_var: float | None, likelihood: str) -> None:
 
 CONFIGS: dict[str, type[RunConfig]] = {
     str(config.__dataclass_fields__["model"].default): config
-    for config in (TrainConfig, MixtureConfig, VAEConfig, IWAEConfig, DenoisingConfig, LinearConfig)
+    for config in (TrainConfig, MixtureConfig, DialogueConfig, VAEConfig, IWAEConfig, DenoisingConfig, LinearConfig)
 }
 
 

@@ -16,6 +16,7 @@ _TITLES = {
     "kl": "KL",
     "objective": "objective",
     "mutual_information": "I(c;x)",
+    "policy_nll": "policy",
     "error": "reconstruction error",
 }
 

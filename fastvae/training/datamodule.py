@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -93,7 +93,12 @@ class TextDataModule(RunDataModule):
     Raises:
         ValueError: a text has no sentence, or too few for a batch.
         FileNotFoundError: a text is missing.
+
+    Attributes:
+        collate: makes a batch of rows of the training or the validation corpus.
     """
+
+    collate: Callable[..., Any] = staticmethod(collate)
 
     def __init__(
         self,
@@ -110,8 +115,8 @@ class TextDataModule(RunDataModule):
             sentences, max_size=config.vocab_size, min_count=config.min_count
         )
         self._longest = config.max_length + 2 if config.max_length else None  # <s> and </s> count
-        self._train = None if config.streaming else TextCorpus(sentences, self.vocabulary, self._longest)
-        self.valid = TextCorpus(validation_sentences(config), self.vocabulary)
+        self._train: Any = None if config.streaming else TextCorpus(sentences, self.vocabulary, self._longest)
+        self.valid: Any = TextCorpus(validation_sentences(config), self.vocabulary)
         self._drawable: list[list[int]] | None = None
         if self._train is not None:  # a wrong batch size is better told now than from inside the trainer
             self._sampler()
@@ -140,7 +145,7 @@ class TextDataModule(RunDataModule):
             return EpochLoader(DataLoader(batches, batch_size=None, **settings), skip)
         sampler = self._sampler()
         sampler.set_epoch(epoch)
-        return EpochLoader(DataLoader(self._train, batch_sampler=sampler, collate_fn=collate, **settings), skip)
+        return EpochLoader(DataLoader(self._train, batch_sampler=sampler, collate_fn=self.collate, **settings), skip)
 
     def random_batches(self, seed: int, count: int) -> Iterator[TextBatch]:
         """Give training batches drawn with replacement, beside those of the epochs.
@@ -153,11 +158,11 @@ class TextDataModule(RunDataModule):
         if self._drawable is None:
             self._drawable = list(self._sampler())
         for place in torch.randint(len(self._drawable), (count,), generator=torch.Generator().manual_seed(seed)):
-            yield collate([self._train[i] for i in self._drawable[place]])
+            yield self.collate([self._train[i] for i in self._drawable[place]])
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the validation batches: every sentence once, over all processes."""
-        return ordered_batches(self.valid, self.config.batch_size)
+        return ordered_batches(self.valid, self.config.batch_size, self.collate)
 
 
 def training_sentences(config: TextConfig) -> Iterable[str]:

@@ -281,7 +281,8 @@ def _summarize(
     if isinstance(data, ArrayDataModule):
         draw_pictures(ArrayModel(model, known), data.train, data.valid, folder, seed=seed)
         return
-    text = samples_text(model, known, [data.valid[i] for i in range(min(10, len(data.valid)))], seed=seed)
+    write = TEXT_MODELS[module.config.model].get("samples")
+    text = write(model, known, [data.valid[i] for i in range(min(10, len(data.valid)))], seed=seed)
     replace_atomically(folder / "samples.txt", lambda file: file.write(text.encode()))
 
 

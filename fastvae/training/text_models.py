@@ -14,12 +14,14 @@ class TextModel(NamedTuple):
         module: the Lightning module that trains it, a `TextModule`.
         data: the Lightning data module of its runs, a `TextDataModule`.
         report: measures it for `fastvae evaluate`, a function like `fastvae.training.reports.report_sentences`.
+        samples: text for samples.txt, a function like `fastvae.training.run.samples_text`.
     """
 
     model: str
     module: str
     data: str = "fastvae.training.datamodule:TextDataModule"
     report: str = "fastvae.training.reports:report_sentences"
+    samples: str = "fastvae.training.run:samples_text"
 
     def get(self, part: str) -> Any:
         """Import a part."""
@@ -33,6 +35,13 @@ TEXT_MODELS = {
         "fastvae.models:MixtureVAE",
         "fastvae.training.mixture_module:MixtureVAEModule",
         report="fastvae.training.mixture_metrics:report_mixture",
+    ),
+    "dialogue": TextModel(
+        "fastvae.models:DialogueModel",
+        "fastvae.training.dialogue_module:DialogueModule",
+        data="fastvae.training.dialogue_module:DialogueDataModule",
+        report="fastvae.training.dialogue_metrics:report_dialogue",
+        samples="fastvae.training.dialogue_metrics:answers_text",
     ),
 }
 

@@ -29,8 +29,7 @@ def make_model(kind="dgm_vae", **settings):
     with torch.no_grad():
         vae.encoder.embedding.weight.mul_(30)
         vae.code_head.weight.mul_(8)
-    model = DialogueModel(vae.config, **({"embed_dim": 6, "hidden_size": 8} | settings))
-    model.vae.load_state_dict(vae.state_dict())
+    model = DialogueModel.over(vae, **({"embed_dim": 6, "hidden_size": 8} | settings))
     with torch.no_grad():
         model.context_encoder.embedding.weight.mul_(30)
         model.policy.weight.mul_(8)
@@ -107,4 +106,4 @@ def test_config_rebuilds_the_model(tmp_path):
     for copied in (again, DialogueModel.from_pretrained(tmp_path)):
         assert torch.equal(copied.eval()(ANSWERS, CONTEXTS).loss, model.eval()(ANSWERS, CONTEXTS).loss)
     with pytest.raises(ValueError, match="vae: expected a model with codes"):
-        DialogueModel(MixtureVAE.of_kind("vae", V, embed_dim=6, hidden_size=8).config)
+        DialogueModel.over(MixtureVAE.of_kind("vae", V, embed_dim=6, hidden_size=8))
