@@ -1,4 +1,4 @@
-"""The `fastvae` command: demo, train, evaluate, sample, reconstruct, interpolate, export, dictionary, info.
+"""The `fastvae` command: demo, train, evaluate, sample, reconstruct, interpolate, interpret, respond, export, ...
 
 Only what a command needs is imported, inside it: `fastvae info` runs on torch and numpy alone.
 """
@@ -250,6 +250,9 @@ def _parsers(model: str = TrainConfig.model) -> tuple[_Parser, dict[str, _Parser
     summary = "write sentences, or draw images, again from their latent vector"
     _add_reconstruct(add("reconstruct", _reconstruct, summary, _RECONSTRUCT_HELP))
     _add_interpolate(add("interpolate", _interpolate, "write sentences between two sentences", _INTERPOLATE_HELP))
+    summary = "tell what the codes of a mixture_vae stand for"
+    _add_interpret(add("interpret", _interpret, summary, _INTERPRET_HELP))
+    _add_respond(add("respond", _respond, "answer what was said, by several actions", _RESPOND_HELP))
     _add_export(add("export", _export, "write a trained decoder as ONNX models", _EXPORT_HELP))
     _add_dictionary(add("dictionary", _dictionary, "learn a dictionary for sparse coding", _DICTIONARY_HELP))
     add("info", _info, "show versions, and what computes each operation here", _INFO_HELP)
@@ -619,6 +622,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     if not isinstance(vocabulary, Vocabulary):
         return _sample_array(arguments, loaded)
     _refuse(arguments, ("out",), "runs on images or vectors")
+    _require(arguments, loaded, "sample")
     count = 10 if arguments.count is None else arguments.count
     for sentence in sample_sentences(model, vocabulary, count, seed=arguments.seed, **_decoding(arguments)):
         print(sentence)
@@ -671,6 +675,7 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     if not isinstance(vocabulary, Vocabulary):
         return _reconstruct_array(arguments, loaded)
     _refuse(arguments, ("out", "count"), "runs on images or vectors")
+    _require(arguments, loaded, "reconstruct")
     sentences = arguments.sentences or [line for line in map(str.strip, sys.stdin) if line]
     if not sentences:
         raise ValueError("there is no sentence: give some as arguments or on standard input")
@@ -698,7 +703,9 @@ def _reconstruct_array(arguments: argparse.Namespace, loaded: _Loaded) -> int:
 def _interpolate(arguments: argparse.Namespace) -> int:
     from fastvae.training.text import interpolate_sentences
 
-    model, vocabulary = _load_text(arguments)
+    loaded = _load(arguments)
+    model, vocabulary, _ = loaded
+    _require(arguments, loaded, "interpolate")
     for sentence in interpolate_sentences(
         model,
         vocabulary,
@@ -709,6 +716,92 @@ def _interpolate(arguments: argparse.Namespace) -> int:
         **_decoding(arguments),
     ):
         print(sentence)
+    return 0
+
+
+# interpret, respond
+
+_INTERPRET_HELP = """\
+examples:
+  fastvae interpret dem_vae_dailydialog               by the test part of the run's data
+  fastvae interpret run --data other.txt --out codes  codes.html and codes.png
+
+Of each value of each code: its share, the sentences it is most certain of, sentences written with it, and where the
+data have labels (the acts and emotions of dailydialog, the intents of smd) their distribution.
+"""
+_RESPOND_HELP = """\
+examples:
+  fastvae respond dialogue_smd "where is the nearest gas station"
+  fastvae respond dialogue_smd "find me a cafe" "there is one near" "what is the address" -n 3
+  fastvae respond dialogue_smd "thanks" --codes 0-1-4 2-1-0
+
+Prints for each action its codes, the policy's probability of it, and the answer.
+"""
+
+
+def _add_interpret(parser: _Parser) -> None:
+    _add_run(parser)
+    parser.add_argument("--data", metavar="NAME|PATH", help="sentences to tell it by [the run's data]")
+    parser.add_argument(
+        "--split", choices=("train", "valid", "test", "all"), help="part of it [test; all of a new file]"
+    )
+    parser.add_argument("-n", "--count", type=int, default=5, metavar="INT", help="sentences of each code [5]")
+    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of the sentences that are written [0]")
+    parser.add_argument("--out", metavar="NAME", help="of the .html and the .png [RUN/codes]")
+
+
+def _interpret(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fastvae.training.interpret import draw, interpret, labelled_text, table, write_html
+
+    if arguments.count < 1:
+        raise ValueError(f"--count must be at least 1, got {arguments.count}")
+    loaded = _load(arguments)
+    model, vocabulary, config = loaded
+    _require(arguments, loaded, "prior_latents")
+    data = arguments.data or config["data"]
+    split = arguments.split or ("all" if arguments.data and Path(data).is_file() else "test")
+    sentences, labels = labelled_text(data, split)
+    title = f"Codes of {arguments.folder}, by {data} ({split})"
+    found = interpret(model, vocabulary, sentences, labels, examples=arguments.count, seed=arguments.seed, title=title)
+    print(table(found))
+    print(f"I(c;x) of each code in nats: {'  '.join(f'{value:.3f}' for value in found.information)}")
+    out = Path(arguments.out or Path(arguments.folder) / "codes")
+    picture = draw(found, out.with_name(f"{out.name}.png"))
+    print(f"written to {write_html(found, picture, out.with_name(f'{out.name}.html'))} and {picture}")
+    return 0
+
+
+def _add_respond(parser: _Parser) -> None:
+    _add_run(parser)
+    parser.add_argument("context", nargs="+", metavar="UTTERANCE", help="what was said, the earliest first")
+    parser.add_argument("-n", "--count", type=int, default=5, metavar="INT", help="actions, the likeliest [5]")
+    parser.add_argument("--codes", nargs="+", metavar="CODES", help="actions in place of these, such as 0-1-4")
+    _add_decoding(parser, "greedy")
+
+
+def _respond(arguments: argparse.Namespace) -> int:
+    from fastvae.training.dialogue_metrics import answer
+
+    loaded = _load(arguments)
+    model, vocabulary, config = loaded
+    _require(arguments, loaded, "respond")
+    if arguments.count < 1:
+        raise ValueError(f"--count must be at least 1, got {arguments.count}")
+    codes = None
+    if arguments.codes:
+        try:
+            codes = [[int(value) for value in action.split("-")] for action in arguments.codes]
+        except ValueError:
+            raise ValueError(f"--codes must be numbers such as 0-1-4, got {' '.join(arguments.codes)}") from None
+        if any(len(action) != model.vae.variables for action in codes):
+            given = " ".join(arguments.codes)
+            raise ValueError(f"--codes must have {model.vae.variables} numbers an action, got {given}")
+    options = _decoding(arguments) | {"most_words": config["context_words"], "seed": arguments.seed}
+    context = [said.lower() for said in arguments.context]  # as the corpora have it
+    for one in answer(model, vocabulary, context, codes=codes, count=arguments.count, **options):
+        print(f"{'-'.join(map(str, one.codes))}  {one.probability:.3f}  {one.text}")
     return 0
 
 
@@ -757,6 +850,13 @@ def _load_text(arguments: argparse.Namespace) -> tuple[SentenceVAE, Vocabulary]:
         command, name = arguments.command, config["model"]
         raise ValueError(f"{command} is for runs of sentence_vae, and {arguments.folder} is one of {name}")
     return model, vocabulary
+
+
+def _require(arguments: argparse.Namespace, loaded: _Loaded, method: str) -> None:
+    """Tell of a run whose model cannot do what the command is for."""
+    if not hasattr(loaded[0], method):
+        name = loaded[2].get("model") or TrainConfig.model
+        raise ValueError(f"{arguments.command} is not for runs of {name}, and {arguments.folder} is one")
 
 
 def _device(arguments: argparse.Namespace) -> torch.device:

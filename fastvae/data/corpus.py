@@ -35,7 +35,7 @@ def _dailydialog(folder: Path, split: str) -> list[str]:
 def _smd(folder: Path, split: str) -> list[str]:
     from fastvae.data.smd import smd_exchanges
 
-    return [exchange.response for exchange in smd_exchanges(folder, split)]
+    return [said for exchange in smd_exchanges(folder, split) for said in (exchange.context[-1], exchange.response)]
 
 
 # Corpora by name: each reads a split from the folder of its name in the one that FASTVAE_DATA names.

@@ -12,6 +12,7 @@ from fastvae.models import MixtureVAE
 from fastvae.models.mixture_vae import KINDS
 from fastvae.training.checkpoint import load_run
 from fastvae.training.config import CHOICES, MixtureConfig
+from fastvae.training.interpret import draw, interpret, table, write_html
 from fastvae.training.metrics_file import read_metrics
 from fastvae.training.mixture_metrics import code_information, code_probabilities, evaluate_mixture
 from fastvae.training.mixture_module import MixtureVAEModule
@@ -115,3 +116,50 @@ def test_information_of_certain_codes_is_that_of_scikit_learn():
 def test_wrong_settings_are_named(mixture, changes, message):
     with pytest.raises(ValueError, match=message):
         mixture(**changes)
+
+
+def test_interpretation_of_codes_that_are_known(sentences, tmp_path):
+    """Where a code is the verb, its sentences, share and labels are those of the verb."""
+    vocabulary = Vocabulary.build(sentences)
+    verbs = ["likes", "sees", "calls"]
+    values = [verbs.index(sentence.split()[1]) for sentence in sentences]
+
+    class Known(MixtureVAE):
+        def encode(self, tokens, lengths=None):
+            said = [verbs.index(vocabulary.decode(row).split()[1]) for row in tokens]
+            logits = 50.0 * torch.nn.functional.one_hot(torch.tensor(said), 3)
+            return super().encode(tokens, lengths)._replace(logits=logits.unsqueeze(1).float())
+
+    torch.manual_seed(0)
+    model = Known(len(vocabulary), variables=1, components=3, embed_dim=8, hidden_size=8).eval()
+    found = interpret(model, vocabulary, sentences, {"verb": (verbs, values)}, examples=2, title="a < b")
+    for code in found.codes:
+        assert code.share == pytest.approx(values.count(code.value) / len(values))
+        assert code.labels["verb"].tolist() == pytest.approx([code.value == verb for verb in range(3)])
+        assert all(verbs[code.value] in sentence for sentence in code.sentences)
+        assert len(set(code.sentences)) == len(code.written) == 2
+    assert found.information == pytest.approx([mutual_info_score(values, values)])
+    assert found.overall["verb"].sum() == pytest.approx(1)
+    assert len(table(found).splitlines()) == 5
+    picture = draw(found, tmp_path / "codes.png")
+    page = write_html(found, picture, tmp_path / "codes.html").read_text()
+    assert "a &lt; b" in page
+    assert page.count("<tr>") == 4
+    assert "data:image/png;base64,iVBOR" in page
+    with pytest.raises(ValueError, match="labels: expected 160 of verb, got 1"):
+        interpret(model, vocabulary, sentences, {"verb": (verbs, [0])})
+
+
+def test_command_interpret(mixture, tmp_path, capsys):
+    result = train(mixture(epochs=1))
+    assert main(["interpret", str(result.folder), "-n", "2"]) == 0
+    assert "c2 = 2" in capsys.readouterr().out
+    assert (result.folder / "codes.html").is_file()
+    assert (result.folder / "codes.png").is_file()
+    assert main(["interpolate", str(result.folder), "anna likes jazz", "ben sees rain", "--steps", "3"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert main(["respond", str(result.folder), "anna"]) == 2
+    assert "respond is not for runs of mixture_vae" in capsys.readouterr().err
+    plain = train(mixture(epochs=1, kind="vae", out=str(tmp_path / "vae")))
+    assert main(["interpret", str(plain.folder)]) == 2
+    assert "no codes" in capsys.readouterr().err
