@@ -135,7 +135,7 @@ def test_interpretation_of_codes_that_are_known(sentences, tmp_path):
     found = interpret(model, vocabulary, sentences, {"verb": (verbs, values)}, examples=2, title="a < b")
     for code in found.codes:
         assert code.share == pytest.approx(values.count(code.value) / len(values))
-        assert code.labels["verb"].tolist() == pytest.approx([code.value == verb for verb in range(3)])
+        assert code.labels["verb"].tolist() == pytest.approx([float(code.value == verb) for verb in range(3)])
         assert all(verbs[code.value] in sentence for sentence in code.sentences)
         assert len(set(code.sentences)) == len(code.written) == 2
     assert found.information == pytest.approx([mutual_info_score(values, values)])
