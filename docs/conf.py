@@ -46,6 +46,7 @@ Home <self>
 docs/move-your-vae
 docs/sparse-coding
 docs/sentence-vae
+docs/mixtures
 docs/numerics
 Benchmarks <bench/results/README>
 Variance of gradient estimators <bench/results/estimator_variance>
