@@ -203,6 +203,33 @@ def speed_summary(path: Path = SPEED) -> str:
         ]
         lines.append(f"| batch {batch_size} | {' | '.join(cells)} |")
     return "\n".join(lines) + f"\n\n{_machine(rows)}"
+_MIXTURES = {  # columns of the tables of mixtures: key, head, digits
+    "mutual_information": ("I(c;x)", 3),
+    "bleu": ("BLEU", 2),
+    "homogeneity_act": ("homogeneity: act", 3),
+    "homogeneity_emotion": ("emotion", 3),
+    "reverse_ppl": ("reverse PPL", 1),
+    "word_kl": ("word-KL", 3),
+    "neg_elbo": ("-ELBO", 2),
+    "nll": ("NLL", 2),
+    "kl": ("KL", 2),
+    "dispersion": ("L_d", 2),
+}
+
+
+def mixtures(path: Path) -> str:
+    """Return the table of models that `bench.mixtures` compared, of the columns that its JSON has."""
+    rows = json.loads(path.read_text())
+    shown = {name: column for name, column in _MIXTURES.items() if name in rows[0]}
+    lines = [
+        f"| model | {' | '.join(head for head, _ in shown.values())} |",
+        f"|---|{'--:|' * len(shown)}",
+        *(
+            f"| {row['model']} | {' | '.join(f'{row[name]:.{digits}f}' for name, (_, digits) in shown.items())} |"
+            for row in rows
+        ),
+    ]
+    return "\n".join(lines)
 
 
 def renewed(text: str, folder: Path = RESULTS) -> str:
@@ -220,6 +247,8 @@ def renewed(text: str, folder: Path = RESULTS) -> str:
         "vae": lambda: vae_summary(rows),
         "speed": lambda: speed_summary(folder / SPEED.name),
         "ptb": lambda: penn_treebank(folder / PTB.name),
+        "dailydialog_mixtures": lambda: mixtures(folder / "dailydialog_mixtures.json"),
+        "ptb_mixtures": lambda: mixtures(folder / "ptb_mixtures.json"),
     }
     for name in marked(text):
         if name not in tables:
