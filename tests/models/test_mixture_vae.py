@@ -280,3 +280,28 @@ def test_latents_of_given_codes_are_of_their_component():
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(make_model(), sentences())
+
+
+def test_model_compiles_into_one_graph():
+    model, tokens = make_model().float(), sentences()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    weight = torch.tensor(0.5)
+    expected = model(tokens, LENGTHS, kl_weight=weight, num_samples=2, seed=seed(1))
+    output = compiled(tokens, LENGTHS, kl_weight=weight, num_samples=2, seed=seed(1))
+    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(output.kl, expected.kl)
+    output.loss.backward()
+    gradient = model.code_head.weight.grad.clone()
+    model.zero_grad()
+    expected.loss.backward()
+    torch.testing.assert_close(gradient, model.code_head.weight.grad)
+
+
+def test_model_under_autocast():
+    model, tokens = make_model().float(), sentences()
+    plain = model(tokens, seed=seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(tokens, seed=seed(1))
+    assert mixed.loss.dtype == mixed.nll.dtype == mixed.kl.dtype == torch.float32
+    torch.testing.assert_close(mixed.nll, plain.nll, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(mixed.kl, plain.kl, rtol=0.02, atol=0.1)
