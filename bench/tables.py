@@ -203,6 +203,8 @@ def speed_summary(path: Path = SPEED) -> str:
         ]
         lines.append(f"| batch {batch_size} | {' | '.join(cells)} |")
     return "\n".join(lines) + f"\n\n{_machine(rows)}"
+
+
 _MIXTURES = {  # columns of the tables of mixtures: key, head, digits
     "mutual_information": ("I(c;x)", 3),
     "bleu": ("BLEU", 2),

@@ -1,4 +1,4 @@
-"""The `fastvae` command: demo, train, evaluate, sample, reconstruct, interpolate, interpret, respond, export, ...
+"""The `fastvae` command: demo, train, evaluate, sample, reconstruct, transfer, interpolate, interpret, export, ...
 
 Only what a command needs is imported, inside it: `fastvae info` runs on torch and numpy alone.
 """
@@ -46,6 +46,8 @@ _SETTINGS: dict[str, dict[str, str]] = {
         "valid": "validation text; by default the corpus's own, or each 19th of 20 sentences of a file",
         "vocab_size": "most words kept, special tokens included",
         "min_count": "rarer words become <unk>",
+        "attributes": "those of the data to control, parted by commas; '' for all",
+        "longest": "leave out sentences of more words than this from the sleep phase on; 0: none",
         "max_length": "cut longer training sentences to this many words; 0: keep them whole",
         "streaming": "read the training file as it goes, for files larger than memory (needs --valid)",
         "workers": "processes that prepare batches",
@@ -79,6 +81,9 @@ _SETTINGS: dict[str, dict[str, str]] = {
         "variational_dropout": "drop the same entries at all steps of a sentence",
         "tie_weights": "use the decoder's embedding as its output layer",
         "share_embedding": "use one embedding for encoder and decoder",
+        "filters": "of the discriminators' convolutions, of each width",
+        "widths": "of the discriminators' convolutions, in words",
+        "classifier_dropout": "probability of dropping a filter of the discriminators",
         "likelihood": "p(x|z); auto is bernoulli for images and gaussian for vectors",
         "log_var": "log of the variance of a gaussian likelihood; learnt unless given",
         "posterior": "covariance of q(z|x)",
@@ -95,7 +100,7 @@ _SETTINGS: dict[str, dict[str, str]] = {
         "beta": "weight of the KL, multiplied by that of the schedule; of a mixture that of the dispersion, of which "
         "dgm_vae and dcm_vae alone have one",
         "mutual_information_weight": "of I(c;x) in what is maximised",
-        "temperature": "of relaxed one-hot samples",
+        "temperature": "of relaxed one-hot samples; in a controlled_vae at the start of the sleep phase",
         "kl_schedule": "course of the KL weight",
         "kl_weight": "final weight of the KL",
         "kl_start": "first weight of the KL (linear, cyclical)",
@@ -105,6 +110,13 @@ _SETTINGS: dict[str, dict[str, str]] = {
         "regularizer": "what keeps z near the prior; none: a plain auto-encoder",
         "bag_of_words": "weight of an auxiliary loss in which z tells the sentence's words; 0: none",
         "aggressive_steps": "most steps of the encoder alone before each of the decoder's, while I(z;x) rises; 0: none",
+        "pretrain_epochs": "passes before the sleep phase; half of them unless given",
+        "sleep_steps": "steps in which the weights of the sleep phase rise to their full size",
+        "lambda_c": "weight of the attributes found in generated sentences",
+        "lambda_z": "weight of z found in generated sentences",
+        "lambda_u": "weight of generated sentences in the discriminators' loss",
+        "entropy_weight": "of the discriminators' entropy on generated sentences, times lambda_u",
+        "temperature_end": "the same at the end of the sleep phase",
     },
     "optimization": {
         "batch_size": "sentences a step, over all devices",
@@ -249,6 +261,8 @@ def _parsers(model: str = TrainConfig.model) -> tuple[_Parser, dict[str, _Parser
     _add_sample(add("sample", _sample, "write new sentences, or draw new images, from the prior", _SAMPLE_HELP))
     summary = "write sentences, or draw images, again from their latent vector"
     _add_reconstruct(add("reconstruct", _reconstruct, summary, _RECONSTRUCT_HELP))
+    summary = "write sentences again with another attribute, such as the sentiment"
+    _add_transfer(add("transfer", _transfer, summary, _TRANSFER_HELP))
     _add_interpolate(add("interpolate", _interpolate, "write sentences between two sentences", _INTERPOLATE_HELP))
     summary = "tell what the codes of a mixture_vae stand for"
     _add_interpret(add("interpret", _interpret, summary, _INTERPRET_HELP))
@@ -281,8 +295,10 @@ The run's folder holds config.yaml, vocabulary.txt, checkpoints/last.ckpt and be
 samples.txt and tensorboard/. All losses are in nats; validation never weighs the KL. If the KL falls to 0, the
 decoder ignores z: try slower annealing (--kl-steps), --word-dropout 0.3 or --free-bits 0.1.
 
-Models of vectors and images have settings of their own:
-  fastvae train --model vae --help                    also iwae, denoising_autoencoder, linear_autoencoder
+Other models have settings of their own:
+  fastvae train --model controlled_vae --help         sentences whose attributes are chosen
+  fastvae train --model vae --help                    vectors and images; so have iwae,
+                                                      denoising_autoencoder, linear_autoencoder
 """
 _TRAIN_ARRAYS_HELP = """\
 examples:
@@ -530,6 +546,7 @@ examples:
   fastvae sample run -n 20
   fastvae sample run --strategy greedy                one likeliest sentence for each z
   fastvae sample run --temperature 0.7 --top-p 0.9    safer words
+  fastvae sample reviews --attribute sentiment=positive       of a run of controlled_vae
   fastvae sample digits -n 64 --out new.png           of a run on images: their means, as a picture
   fastvae sample vectors --out new.npy                of a run on vectors: their means, as an array
 """
@@ -542,6 +559,15 @@ examples:
 
 Prints one line for each sentence, in order: written from the posterior mean, greedily unless told otherwise. Of images
 each is drawn beside its reconstruction.
+"""
+_TRANSFER_HELP = """\
+examples:
+  fastvae transfer reviews "a dull and tedious film" --attribute sentiment=positive
+  fastvae transfer reviews --attribute sentiment=negative < sentences.txt
+
+Prints one line for each sentence, in order: written from the posterior mean with the attributes chosen, greedily unless
+told otherwise. Attributes that are not chosen stay as the discriminators of the run find them. For runs of
+controlled_vae.
 """
 _INTERPOLATE_HELP = """\
 examples:
@@ -589,7 +615,29 @@ def _add_sample(parser: _Parser) -> None:
     _add_run(parser)
     parser.add_argument("-n", "--count", type=int, metavar="INT", help="how many [10; 100 of images or vectors]")
     parser.add_argument("--out", metavar="FILE", help="PNG or .npy of images, .npy of vectors [RUN/samples]")
+    _add_attribute(parser)
     _add_decoding(parser, "sample")
+
+
+def _add_attribute(parser: _Parser, **options: Any) -> None:
+    parser.add_argument(
+        "--attribute",
+        action="append",
+        metavar="NAME=VALUE",
+        help="value of an attribute, such as sentiment=positive, of a run of controlled_vae; may be repeated",
+        **options,
+    )
+
+
+def _chosen(arguments: argparse.Namespace) -> dict[str, str]:
+    """Read the attributes."""
+    chosen = {}
+    for attribute in arguments.attribute:
+        name, _, value = attribute.partition("=")
+        if not name or not value or name in chosen:
+            raise ValueError(f"--attribute must be NAME=VALUE, each name once, got {attribute!r}")
+        chosen[name] = value
+    return chosen
 
 
 def _add_reconstruct(parser: _Parser) -> None:
@@ -605,6 +653,13 @@ def _add_reconstruct(parser: _Parser) -> None:
     _add_decoding(parser, "greedy")
 
 
+def _add_transfer(parser: _Parser) -> None:
+    _add_run(parser)
+    parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="[standard input, one a line]")
+    _add_attribute(parser, required=True)
+    _add_decoding(parser, "greedy")
+
+
 def _add_interpolate(parser: _Parser) -> None:
     _add_run(parser)
     parser.add_argument("first", metavar="FIRST", help="the sentence to start from")
@@ -615,6 +670,7 @@ def _add_interpolate(parser: _Parser) -> None:
 
 def _sample(arguments: argparse.Namespace) -> int:
     from fastvae.data import Vocabulary
+    from fastvae.models import ControlledTextVAE
     from fastvae.training.text import sample_sentences
 
     loaded = _load(arguments)
@@ -623,8 +679,13 @@ def _sample(arguments: argparse.Namespace) -> int:
         return _sample_array(arguments, loaded)
     _refuse(arguments, ("out",), "runs on images or vectors")
     _require(arguments, loaded, "sample")
+    options = _decoding(arguments)
+    if arguments.attribute is not None:
+        if not isinstance(model, ControlledTextVAE):
+            _refuse(arguments, ("attribute",), "runs of controlled_vae")
+        options["chosen"] = _chosen(arguments)
     count = 10 if arguments.count is None else arguments.count
-    for sentence in sample_sentences(model, vocabulary, count, seed=arguments.seed, **_decoding(arguments)):
+    for sentence in sample_sentences(model, vocabulary, count, seed=arguments.seed, **options):
         print(sentence)
     return 0
 
@@ -632,7 +693,7 @@ def _sample(arguments: argparse.Namespace) -> int:
 def _sample_array(arguments: argparse.Namespace, loaded: _Loaded) -> int:
     from fastvae.training.array_models import ArrayModel
 
-    _refuse(arguments, tuple(_DECODING), "runs on text")
+    _refuse(arguments, ("attribute", *_DECODING), "runs on text")
     model = ArrayModel(*loaded[:2])
     rows = model.sample(100 if arguments.count is None else arguments.count, arguments.seed)
     return _write_rows(arguments, "samples", model, rows)
@@ -676,10 +737,30 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
         return _reconstruct_array(arguments, loaded)
     _refuse(arguments, ("out", "count"), "runs on images or vectors")
     _require(arguments, loaded, "reconstruct")
+    sentences = _sentences(arguments)
+    for sentence in reconstruct_sentences(model, vocabulary, sentences, seed=arguments.seed, **_decoding(arguments)):
+        print(sentence)
+    return 0
+
+
+def _sentences(arguments: argparse.Namespace) -> list[str]:
     sentences = arguments.sentences or [line for line in map(str.strip, sys.stdin) if line]
     if not sentences:
         raise ValueError("there is no sentence: give some as arguments or on standard input")
-    for sentence in reconstruct_sentences(model, vocabulary, sentences, seed=arguments.seed, **_decoding(arguments)):
+    return sentences
+
+
+def _transfer(arguments: argparse.Namespace) -> int:
+    from fastvae.models import ControlledTextVAE
+    from fastvae.training.text import transfer_sentences
+
+    chosen = _chosen(arguments)
+    model, vocabulary, config = _load(arguments)
+    if not isinstance(model, ControlledTextVAE):
+        raise ValueError(f"transfer is for runs of controlled_vae, and {arguments.folder} is one of {config['model']}")
+    for sentence in transfer_sentences(
+        model, vocabulary, _sentences(arguments), chosen, seed=arguments.seed, **_decoding(arguments)
+    ):
         print(sentence)
     return 0
 

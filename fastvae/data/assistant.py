@@ -86,6 +86,11 @@ class AssistantGrammar:
         """Give the exact log-probability of a text in nats, -inf if the grammar cannot say it."""
         return self._grammar.log_prob(text)
 
+    def kind_of(self, text: str) -> tuple[str, str] | None:
+        """Give intent and sentiment of a text, None if the grammar cannot say it."""
+        alternative = self._grammar.alternative_of(text)
+        return None if alternative is None else self._kinds[alternative]
+
     def entropy(self) -> float:
         """Give the exact entropy in nats a sentence: the mean NLL of a perfect model, `</s>` counted."""
         return self._grammar.entropy()

@@ -38,8 +38,19 @@ def _smd(folder: Path, split: str) -> list[str]:
     return [said for exchange in smd_exchanges(folder, split) for said in (exchange.context[-1], exchange.response)]
 
 
+def _sst2(folder: Path, split: str) -> list[str]:
+    from fastvae.data.sst2 import read_reviews
+
+    return [text for _, text in read_reviews(folder, split)]
+
+
 # Corpora by name: each reads a split from the folder of its name in the one that FASTVAE_DATA names.
-CORPORA: dict[str, Callable[[Path, str], list[str]]] = {"ptb": _folder, "dailydialog": _dailydialog, "smd": _smd}
+CORPORA: dict[str, Callable[[Path, str], list[str]]] = {
+    "ptb": _folder,
+    "dailydialog": _dailydialog,
+    "smd": _smd,
+    "sst2": _sst2,
+}
 
 
 def read_sentences(path: str | os.PathLike[str]) -> Iterator[str]:

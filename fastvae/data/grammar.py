@@ -96,7 +96,16 @@ class Grammar:
         Left to right, over the stacks of symbols still to come in the leftmost derivations of the words so
         far. The sum over all derivations is the inside probability.
         """
-        stacks: dict[Symbols, float] = {(0,): 1.0}
+        return self._inside({(0,): 1.0}, text)
+
+    def alternative_of(self, text: str) -> int | None:
+        """Give which alternative of the start symbol a sentence is of, the likeliest; None outside the language."""
+        pairs = zip(self._probabilities[0], self._alternatives[0], strict=True)
+        log_probs = [self._inside({rule: probability}, text) for probability, rule in pairs]
+        best = max(log_probs)
+        return None if best == -math.inf else log_probs.index(best)
+
+    def _inside(self, stacks: dict[Symbols, float], text: str) -> float:
         log_scale = 0.0
         for word in text.split():
             following: dict[Symbols, float] = {}

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvae.nn.cells import LAYER_NORM_LSTM, LSTM, Cell, States
+from fastvae.nn.dropout import dropout
 from fastvae.nn.sentences import (
     DecoderSettings,
     EncoderSettings,
@@ -21,6 +22,7 @@ from fastvae.nn.sentences import (
     SentenceNetwork,
     reset_embedding,
 )
+from fastvae.nn.soft_generation import SoftSentences, soft_sentences
 from fastvae.ops.backend import compute_dtype
 from fastvae.ops.generation import Recurrence
 
@@ -77,6 +79,12 @@ class _Layers(SentenceNetwork):
             lengths=lengths,
             **word_dropout,
         )
+        return self._run_above(hidden, final, states, lengths)
+
+    def _run_above(
+        self, hidden: Tensor, final: Tensor, states: tuple[Tensor, ...], lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layers above the first, which has given hidden and final."""
         shape = hidden.shape
         for layer in range(1, self.num_layers):
             # From here on, samples of a sequence share nothing.
@@ -104,6 +112,24 @@ class _Encoder(_Layers, SentenceEncoder):
 
     def _read(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         return self._run(tokens, None, self._zero_states(tokens.size(0)), lengths)[1]
+
+    def forward_embedded(self, inputs: Tensor, lengths: Tensor) -> Tensor:
+        """Encode sentences whose words are embedded already: means of embeddings, where words are uncertain.
+
+        Args:
+            inputs: `(batch, time, embed_dim)`, `<s>` and `</s>` included.
+            lengths: `(batch,)` int64, each in 1..time.
+
+        Returns:
+            As `forward`.
+
+        Raises:
+            TypeError, ValueError: for a wrong shape or dtype.
+        """
+        states = self._zero_states(inputs.size(0))
+        hidden, final, *_ = self.cell.dense(inputs, *(state[0] for state in states), *self.layer(0), lengths=lengths)
+        _, final = self._run_above(hidden, final, states, lengths)
+        return dropout(final, self.dropout, self.training)
 
 
 class LSTMEncoder(_Encoder):
@@ -163,6 +189,40 @@ class _Decoder(_Layers, SentenceDecoder):
             self.initial_state.reset_parameters()
         self._reset_layers()
         reset_embedding(self.embedding)
+
+    def generate_soft(
+        self,
+        z: Tensor,
+        max_length: int,
+        temperature: float,
+        *,
+        generator: torch.Generator | None = None,
+        seed: Tensor | None = None,
+    ) -> SoftSentences:
+        """Write one sentence of relaxed words for each latent vector, with gradients to z and the parameters.
+
+        Each word is a sample of the Gumbel-softmax distribution of the decoder's prediction, and the next step reads
+        the mean of the embeddings that it makes. As the temperature falls to 0 the words become those that the
+        prediction itself draws with the same noise. No dropout is applied, in either mode. `<pad>` and `<s>` are
+        never written.
+
+        Args:
+            z: `(batch, latent_dim)`.
+            max_length: most words to write, `</s>` counted, at least 1.
+            temperature: of the relaxed samples, above 0.
+            generator: source of the noise; the global generator when None.
+            seed: int64 tensor of shape (1,) that fixes the noise, in place of `generator`.
+
+        Returns:
+            words `(batch, length, V)`, length at most `max_length`, without `<s>`; and lengths `(batch,)`.
+
+        Raises:
+            TypeError, ValueError: for an argument of the wrong type, shape or range, or a decoder without
+                `bos_index` or `eos_index`.
+
+        Source: Hu et al., Toward Controlled Generation of Text (2017), section 3.2.
+        """
+        return soft_sentences(self, z, max_length, temperature, generator=generator, seed=seed)
 
     @classmethod
     def _adopt(

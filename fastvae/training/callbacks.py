@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 LABELS = {
     "neg_elbo": "-ELBO", "iw_nll": "IW-NLL", "nll": "NLL", "kl": "KL", "ppl": "PPL", "error": "error",
     "objective": "objective", "dispersion": "L_d", "mutual_information": "I(c;x)", "policy_nll": "policy",
+    "control_nll": "control NLL", "control": "control", "accuracy": "accuracy",
 }  # fmt: skip
 
 
@@ -112,7 +113,7 @@ class RunCheckpoints(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save the epoch, and keep it as the best where it is."""
         value = float(trainer.callback_metrics[pl_module.monitor])
-        if value < self.best_value:
+        if value < self.best_value and pl_module.may_be_best:
             self.best_value = value
             trainer.save_checkpoint(self.best)
             if trainer.is_global_zero:

@@ -37,9 +37,10 @@ CHOICES = {
 _AT_LEAST = {
     0: "max_length workers max_tokens max_minutes kl_start kl_weight kl_steps free_bits patience seed checkpoint_every "
     "image_size beta level mutual_information_weight warmup_steps "
-    "batch_norm bag_of_words encoder_noise_level aggressive_steps context_words",
+    "batch_norm bag_of_words encoder_noise_level aggressive_steps context_words longest pretrain_epochs sleep_steps "
+    "lambda_c lambda_z lambda_u entropy_weight",
     1: "min_count embed_dim hidden_size latent_dim num_layers batch_size epochs devices log_every num_samples "
-    "variables components num_heads",
+    "variables components num_heads filters",
     5: "vocab_size",
 }
 
@@ -89,8 +90,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         for smallest, names in _AT_LEAST.items():
             for name in names.split():
-                if not getattr(self, name, smallest) >= smallest:  # not <, which lets NaN pass
-                    raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+                value = getattr(self, name, None)
+                if value is not None and not value >= smallest:  # not <, which lets NaN pass
+                    raise ValueError(f"{name} must be at least {smallest}, got {value}")
         for name in ("lr", "clip"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
@@ -295,6 +297,67 @@ class DialogueConfig(TextConfig):
 
 
 @dataclass(frozen=True)
+class ControlledConfig(TextConfig, KLConfig):
+    """Settings of a run of `fastvae.models.ControlledTextVAE`.
+
+    Args:
+        data: "assistant", "sst2", or tables of sentences with attributes, as `fastvae.data.labeled.load_labeled`.
+        attributes: those of the data to control, parted by commas; all when empty.
+        longest: leave out the sentences of more words from the sleep phase on, and in validation; words that those
+            alone hold become <unk>. 0 takes all.
+        latent_dim, num_layers, word_dropout, dropout, layer_dropout, variational_dropout, tie_weights,
+            share_embedding: as in `TrainConfig`.
+        filters, widths, classifier_dropout: of the discriminators.
+        pretrain_epochs: those before the sleep phase: the wake phase, and the discriminators on real sentences; None
+            means half of them.
+        sleep_steps: steps in which the weights of the sleep phase then rise from 0 to their full size.
+        lambda_c, lambda_z: weights of the attributes and of z found in the decoder's soft sentences.
+        lambda_u: weight of generated sentences in the discriminators' loss. entropy_weight: beta, of their entropy.
+        temperature, temperature_end: of the soft sentences, from the first to the last step of the sleep phase.
+    """
+
+    model: str = "controlled_vae"
+    attributes: str = ""
+    longest: int = 0
+    embed_dim: int = 128
+    latent_dim: int = 32
+    num_layers: int = 1
+    word_dropout: float = 0.3
+    dropout: float = 0.0
+    layer_dropout: float = 0.0
+    variational_dropout: bool = False
+    tie_weights: bool = False
+    share_embedding: bool = False
+    filters: int = 100
+    widths: tuple[int, ...] = (3, 4, 5)
+    classifier_dropout: float = 0.5
+    pretrain_epochs: int | None = None
+    sleep_steps: int = 0
+    lambda_c: float = 0.1
+    lambda_z: float = 0.1
+    lambda_u: float = 0.1
+    entropy_weight: float = 0.1
+    temperature: float = 1.0
+    temperature_end: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_layers(self)
+        if not 0.0 <= self.classifier_dropout < 1.0:
+            raise ValueError(f"classifier_dropout must be in [0, 1), got {self.classifier_dropout}")
+        if not self.widths or min(self.widths) < 1:
+            raise ValueError(f"widths must be sizes of at least 1, got {self.widths}")
+        for name in ("temperature", "temperature_end"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if self.pretrain_epochs is not None and self.pretrain_epochs >= self.epochs:
+            raise ValueError(f"pretrain_epochs must be below epochs = {self.epochs}, got {self.pretrain_epochs}")
+        for name in ("streaming", "valid"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is for text without attributes, not for controlled_vae")
+
+
+@dataclass(frozen=True)
 class ArrayConfig(RunConfig):
     """Settings of a run on vectors or images.
 
@@ -454,7 +517,10 @@ def _check_log_var(log_var: float | None, likelihood: str) -> None:
 
 CONFIGS: dict[str, type[RunConfig]] = {
     str(config.__dataclass_fields__["model"].default): config
-    for config in (TrainConfig, MixtureConfig, DialogueConfig, VAEConfig, IWAEConfig, DenoisingConfig, LinearConfig)
+    for config in (
+        *(TrainConfig, MixtureConfig, DialogueConfig, ControlledConfig),
+        *(VAEConfig, IWAEConfig, DenoisingConfig, LinearConfig),
+    )
 }
 
 

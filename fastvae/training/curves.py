@@ -18,6 +18,7 @@ _TITLES = {
     "mutual_information": "I(c;x)",
     "policy_nll": "policy",
     "error": "reconstruction error",
+    "control_nll": "attributes of generated sentences, NLL",
 }
 
 

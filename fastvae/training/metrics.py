@@ -21,8 +21,8 @@ from fastvae.models.evidence import evaluating
 from fastvae.training.checkpoint import replace_atomically
 
 if TYPE_CHECKING:
-    from fastvae.data import TextBatch
-    from fastvae.models import SentenceVAE
+    from fastvae.data import LabeledBatch, TextBatch
+    from fastvae.models import ControlledTextVAE, SentenceVAE
     from fastvae.training.array_models import ArrayModel
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016
@@ -265,8 +265,8 @@ def full_mutual_information(
 
 @torch.no_grad()
 def evaluate(
-    model: SentenceVAE,
-    batches: Iterable[TextBatch],
+    model: SentenceVAE | ControlledTextVAE,
+    batches: Iterable[TextBatch | LabeledBatch],
     *,
     iw_samples: int = 0,
     iw_chunk: int = 50,

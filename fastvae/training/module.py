@@ -140,6 +140,11 @@ class RunModule(LightningModule):
         """The metric whose least value is the best."""
         return f"valid/{self.terms[0]}"
 
+    @property
+    def may_be_best(self) -> bool:
+        """Whether the weights are such as may be kept as the best: not in a phase that only prepares."""
+        return True
+
     def _no_sums(self) -> Tensor:
         return torch.zeros(self.width, dtype=torch.float64)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastvae.data import TextCorpus, load_text
 from fastvae.training.batches import ordered_batches
-from fastvae.training.metrics import Figures, TextFigures, VAEFigures, evaluate
+from fastvae.training.metrics import Evaluation, Figures, TextFigures, VAEFigures, evaluate
 from fastvae.training.text import reconstruct_sentences, sample_sentences
 
 if TYPE_CHECKING:
@@ -58,6 +58,16 @@ def report_sentences(
         reverse_samples=reverse_samples,
         seed=seed,
     )
+    return result, title_of(result), sentence_rows(result)
+
+
+def title_of(result: Evaluation) -> str:
+    """Say what was measured."""
+    return f"{result.data} ({result.split}): {result.sentences:,} sentences, {result.tokens:,} predicted tokens"
+
+
+def sentence_rows(result: Evaluation) -> Rows:
+    """Return the rows of what `evaluate` measures."""
     rows = [*elbo_rows(result, "a sentence"), ("PPL", f"{result.ppl:.4f}", "a predicted token, from -ELBO")]
     if result.iw_nll is not None and result.iw_ppl is not None:
         rows.append(("IW-NLL", f"{result.iw_nll:.4f}", f"nats a sentence, {result.iw_samples} samples"))
@@ -65,9 +75,7 @@ def report_sentences(
     rows.append(("active units", f"{result.active_units} of {result.latent_dim}", ""))
     limit = f"nats, from {result.mutual_information_sentences} sentences"
     rows.append(("I(z;x)", f"{result.mutual_information:.4f}", limit))
-    rows += writing_rows(result)
-    title = f"{data} ({split}): {result.sentences:,} sentences, {result.tokens:,} predicted tokens"
-    return result, title, rows
+    return rows + writing_rows(result)
 
 
 def measure_writing(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fastvae.data import TextBatch, Vocabulary, collate
-from fastvae.models import MixtureVAE, SentenceVAE
+from fastvae.models import ControlledTextVAE, MixtureVAE, SentenceVAE
 
 _CHUNK = 64  # sentences decoded together
 _DRAWN = 1000  # the same, of those drawn from the prior
 
 
 def sample_sentences(
-    model: SentenceVAE | MixtureVAE, vocabulary: Vocabulary, count: int, *, seed: int = 0, **options: Any
+    model: SentenceVAE | MixtureVAE | ControlledTextVAE,
+    vocabulary: Vocabulary,
+    count: int,
+    *,
+    seed: int = 0,
+    **options: Any,
 ) -> list[str]:
     """Write new sentences from z ~ N(0, I).
 
@@ -23,7 +28,7 @@ def sample_sentences(
         model, vocabulary: what `load_run` gives.
         count: number of sentences, at least 1.
         seed: of every draw; the same seed gives the same sentences.
-        options: arguments of `SentenceVAE.sample`, such as max_length, strategy or temperature.
+        options: arguments of the model's `sample`, such as max_length, strategy or temperature, or `chosen` attributes.
     """
     generator = torch.Generator(_device(model)).manual_seed(seed)
     written = []
@@ -50,11 +55,48 @@ def reconstruct_sentences(
     Raises:
         ValueError: there is no sentence, or one of them has no word.
     """
+    return _rewritten(model.reconstruct, model, vocabulary, sentences, seed, options)
+
+
+def transfer_sentences(
+    model: ControlledTextVAE,
+    vocabulary: Vocabulary,
+    sentences: Sequence[str],
+    chosen: Mapping[str, str],
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> list[str]:
+    """Write sentences again from the mean of their latent vector, with other attributes.
+
+    Args:
+        model, vocabulary, sentences, seed: as in `reconstruct_sentences`.
+        chosen: values of attributes, such as {"sentiment": "positive"}; the others stay as the model finds them.
+        options: arguments of `ControlledTextVAE.decode`, such as max_length or strategy.
+
+    Returns:
+        As many sentences, in the same order.
+
+    Raises:
+        ValueError: there is no sentence, one of them has no word, or there is no such attribute or value.
+    """
+    options["chosen"] = chosen
+    return _rewritten(model.transfer, model, vocabulary, sentences, seed, options)
+
+
+def _rewritten(
+    write: Callable[..., tuple[torch.Tensor, ...]],
+    model: torch.nn.Module,
+    vocabulary: Vocabulary,
+    sentences: Sequence[str],
+    seed: int,
+    options: dict[str, Any],
+) -> list[str]:
     options["generator"] = torch.Generator(_device(model)).manual_seed(seed)
-    written = []
+    written: list[str] = []
     for start in range(0, len(sentences), _CHUNK):
         batch = encode_sentences(vocabulary, sentences[start : start + _CHUNK]).to(_device(model))
-        tokens, _ = model.reconstruct(batch.tokens, batch.lengths, **options)
+        tokens, *_ = write(batch.tokens, batch.lengths, **options)
         written += [vocabulary.decode(row) for row in tokens]
     return written
 

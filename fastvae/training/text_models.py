@@ -43,6 +43,12 @@ TEXT_MODELS = {
         report="fastvae.training.dialogue_metrics:report_dialogue",
         samples="fastvae.training.dialogue_metrics:answers_text",
     ),
+    "controlled_vae": TextModel(
+        "fastvae.models:ControlledTextVAE",
+        "fastvae.training.controlled_module:ControlledModule",
+        "fastvae.training.controlled_module:LabeledDataModule",
+        "fastvae.training.controlled_module:report_controlled",
+    ),
 }
 
 

@@ -148,3 +148,10 @@ def test_splits_are_fixed_and_drawn_from_different_seeds():
     assert fresh > 0.8 * len(valid)  # what a model is tested on is not what it has seen
     with pytest.raises(ValueError, match="split must be one of train, valid, test, got 'dev'"):
         assistant_utterances("dev")
+
+
+def test_the_grammar_tells_intent_and_sentiment_of_what_it_says(grammar):
+    for utterance in grammar.generate(200, seed=4):
+        assert grammar.kind_of(utterance.text) == (utterance.intent, utterance.sentiment)
+    assert grammar.kind_of("please") is None
+    assert grammar.kind_of("the the") is None
