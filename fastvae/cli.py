@@ -757,7 +757,8 @@ def _transfer(arguments: argparse.Namespace) -> int:
     chosen = _chosen(arguments)
     model, vocabulary, config = _load(arguments)
     if not isinstance(model, ControlledTextVAE):
-        raise ValueError(f"transfer is for runs of controlled_vae, and {arguments.folder} is one of {config['model']}")
+        name = config.get("model", TrainConfig.model)
+        raise ValueError(f"transfer is for runs of controlled_vae, and {arguments.folder} is one of {name}")
     for sentence in transfer_sentences(
         model, vocabulary, _sentences(arguments), chosen, seed=arguments.seed, **_decoding(arguments)
     ):

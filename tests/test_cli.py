@@ -10,7 +10,7 @@ import torch
 from fastvae import cli
 from fastvae.cli import main
 from fastvae.data import Vocabulary
-from fastvae.models import SentenceVAE
+from fastvae.models import ControlledTextVAE, SentenceVAE
 
 SIZES = [
     "--embed-dim",
@@ -36,18 +36,35 @@ def text_file(tmp_path):
 @pytest.fixture
 def run_folder(tmp_path, text_file):
     """A run's folder with an untrained model, made without the packages of training."""
-    folder = tmp_path / "run"
-    (folder / "checkpoints").mkdir(parents=True)
-    vocabulary = Vocabulary(["play", "song", "again", "now", "later"])
-    vocabulary.save(folder / "vocabulary.txt")
     torch.manual_seed(0)
-    model = SentenceVAE(len(vocabulary), embed_dim=4, hidden_size=5, latent_dim=3)
+    model = SentenceVAE(9, embed_dim=4, hidden_size=5, latent_dim=3)
     with torch.no_grad():
         model.decoder.output.weight.mul_(8)  # of different opinions on different z
+    return saved_run(tmp_path / "run", model, {"data": str(text_file)})
+
+
+@pytest.fixture
+def controlled_folder(tmp_path):
+    """The folder of a run of controlled_vae that writes "now" for good sentences and "later" for bad ones."""
+    torch.manual_seed(0)
+    attributes = {"mood": ["bad", "good"], "tense": ["past", "present"]}
+    model = ControlledTextVAE(9, attributes, embed_dim=4, hidden_size=5, latent_dim=3, max_length=3)
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter.zero_()
+        model.decoder.output.bias[8] = 50
+        model.decoder.weight_ih[10:15, 4 + 3 + 1] = 9  # the cell's new content, where the mood is good
+        model.decoder.output.weight[7] = 999
+    return saved_run(tmp_path / "controlled", model, {"data": "reviews.tsv", "model": "controlled_vae"})
+
+
+def saved_run(folder, model, settings):
+    (folder / "checkpoints").mkdir(parents=True)
+    Vocabulary(["play", "song", "again", "now", "later"]).save(folder / "vocabulary.txt")
     checkpoint = {
         "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
         "model_config": model.config,
-        "train_config": {"data": str(text_file)},
+        "train_config": settings,
     }
     torch.save(checkpoint, folder / "checkpoints" / "best.ckpt")
     return folder
@@ -68,7 +85,7 @@ def fails(capsys, *argv):
     return line
 
 
-COMMANDS = ["demo", "train", "evaluate", "sample", "reconstruct", "interpolate", "export", "dictionary", "info"]
+COMMANDS = ["demo", "train", "evaluate", "sample", "reconstruct", "transfer", "interpolate", "export", "dictionary", "info"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -199,6 +216,39 @@ def test_sample(run_folder, capsys):
     assert capsys.readouterr().out == first
     main(["sample", str(run_folder), "-n", "5", "--max-length", "6", "--seed", "1"])
     assert capsys.readouterr().out != first
+
+
+def test_sample_and_transfer_with_attributes(controlled_folder, run_folder, capsys, monkeypatch):
+    folder = str(controlled_folder)
+    for mood, word in (("good", "now"), ("bad", "later")):
+        chosen = ["--attribute", f"mood={mood}", "--attribute", "tense=past", "--max-length", "4"]
+        assert main(["sample", folder, "-n", "3", *chosen, "--strategy", "greedy"]) == 0
+        assert capsys.readouterr().out == f"{' '.join([word] * 4)}\n" * 3
+        assert main(["transfer", folder, "play song", "again", *chosen]) == 0
+        assert capsys.readouterr().out == f"{' '.join([word] * 4)}\n" * 2
+    monkeypatch.setattr("sys.stdin", io.StringIO("play song\n"))
+    assert main(["transfer", folder, "--attribute", "mood=good", "--max-length", "1"]) == 0
+    assert capsys.readouterr().out == "now\n"
+    assert main(["sample", folder, "-n", "20", "--max-length", "1"]) == 0
+    assert {"now", "later"} <= set(capsys.readouterr().out.split())  # others are drawn
+
+
+def test_mistakes_about_attributes(controlled_folder, run_folder, capsys):
+    folder = str(controlled_folder)
+    assert "must be NAME=VALUE, each name once, got 'good'" in fails(capsys, "sample", folder, "--attribute", "good")
+    twice = ["--attribute", "mood=good", "--attribute", "mood=bad"]
+    assert "each name once, got 'mood=bad'" in fails(capsys, "sample", folder, *twice)
+    assert "mood: expected one of bad, good, got 'fine'" in fails(
+        capsys, "transfer", folder, "play", "--attribute", "mood=fine"
+    )
+    assert "required: --attribute" in fails(capsys, "transfer", folder, "play")
+    assert "--attribute is for runs of controlled_vae" in fails(
+        capsys, "sample", str(run_folder), "--attribute", "mood=good"
+    )
+    assert "transfer is for runs of controlled_vae" in fails(
+        capsys, "transfer", str(run_folder), "play", "--attribute", "mood=good"
+    )
+    assert "interpolate is for runs of sentence_vae" in fails(capsys, "interpolate", folder, "play", "song")
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "sample", "beam"])

@@ -154,10 +154,9 @@ def test_transfer_keeps_z_and_changes_c():
 def test_samples_of_chosen_attributes():
     model = make().eval()
     with torch.no_grad():  # a decoder that writes word 5 for positive sentences and word 6 for others, and ends at once
-        model.decoder.weight_ih.zero_()
-        model.decoder.output.weight.zero_()
-        model.decoder.output.bias.fill_(-99)
-        model.decoder.output.bias[6] = 0
+        for parameter in model.decoder.parameters():
+            parameter.zero_()
+        model.decoder.output.bias[6] = 99
         gate = slice(8 * 2, 8 * 3)  # the cell's new content
         model.decoder.weight_ih[gate, 6 + 3 + 1] = 9
         model.decoder.output.weight[5] = 999
