@@ -15,6 +15,7 @@ from bench.interleave import OURS
 RESULTS = Path(__file__).parent / "results"
 PTB = RESULTS / "ptb_lstm_4_epochs.json"  # written by `fastvae evaluate`
 SPEED = RESULTS / "training.csv"  # written by `python -m bench.training`
+CONTROLLED = RESULTS / "sst2_controlled.json"  # written by `python -m bench.controlled`
 
 Row = dict[str, str]
 _TITLES = {
@@ -230,6 +231,25 @@ def mixtures(path: Path) -> str:
             f"| {row['model']} | {' | '.join(f'{row[name]:.{digits}f}' for name, (_, digits) in shown.items())} |"
             for row in rows
         ),
+def controlled(path: Path = CONTROLLED) -> str:
+    """Return the README's tables of controlled generation."""
+    result = json.loads(path.read_text())
+    judges, real = result["classifiers"], result["real"]
+    lines = [
+        "| sentences | accuracy, CNN | accuracy, n-grams | PPL of an LM | distinct-1 | distinct-2 |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    figures = "{perplexity:.0f} | {distinct_1:.3f} | {distinct_2:.3f} |"
+    for row in result["generated"]:
+        name = f"{row['sentences']:,} generated, temperature {row['temperature']:g}"
+        shares = f"{100 * row['accuracy']:.1f} % | {100 * row['accuracy_linear']:.1f} %"
+        lines.append(f"| {name} | {shares} | {figures.format(**row)}")
+    shares = " | ".join(f"{100 * judges[judge]['test_short']:.1f} %" for judge in ("cnn", "linear"))
+    lines.append(f"| {real['sentences']:,} real, of the test set | {shares} | {figures.format(**real)}")
+    values = list(result["same_z"][0])
+    lines += ["", "| " + " | ".join(f"the same z, {value}" for value in values) + " |", "|---|---|"]
+    lines += [
+        "| " + " | ".join(pair[value].replace("|", "\\|") for value in values) + " |" for pair in result["same_z"]
     ]
     return "\n".join(lines)
 
@@ -251,6 +271,7 @@ def renewed(text: str, folder: Path = RESULTS) -> str:
         "ptb": lambda: penn_treebank(folder / PTB.name),
         "dailydialog_mixtures": lambda: mixtures(folder / "dailydialog_mixtures.json"),
         "ptb_mixtures": lambda: mixtures(folder / "ptb_mixtures.json"),
+        "controlled": lambda: controlled(folder / CONTROLLED.name),
     }
     for name in marked(text):
         if name not in tables:

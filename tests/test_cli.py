@@ -85,7 +85,18 @@ def fails(capsys, *argv):
     return line
 
 
-COMMANDS = ["demo", "train", "evaluate", "sample", "reconstruct", "transfer", "interpolate", "export", "dictionary", "info"]
+COMMANDS = [
+    "demo",
+    "train",
+    "evaluate",
+    "sample",
+    "reconstruct",
+    "transfer",
+    "interpolate",
+    "export",
+    "dictionary",
+    "info",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -106,3 +106,17 @@ def test_penn_treebank_is_read_from_the_evaluation(tmp_path: Path) -> None:
     path.write_text(json.dumps(figures | {"split": "test", "sentences": 3761, "active_units": 7, "latent_dim": 32}))
     row = tables.penn_treebank(path).splitlines()[-1]
     assert row == "| test: 3,761 | 110.13 | 104.00 | 6.13 | 108.50 (100 samples) | 120.0 | 7 of 32 |"
+
+
+def test_controlled_generation_is_read_from_its_result(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    figures = {"sentences": 1000, "perplexity": 81.6, "distinct_1": 0.1234, "distinct_2": 0.5}
+    judges = {judge: {"test_short": share} for judge, share in (("cnn", 0.84), ("linear", 0.8123))}
+    generated = figures | {"temperature": 0.7, "accuracy": 0.8765, "accuracy_linear": 0.8}
+    pair = {"negative": "dull .", "positive": "a | b ."}
+    result = {"generated": [generated], "classifiers": judges, "real": figures, "same_z": [pair]}
+    path.write_text(json.dumps(result))
+    lines = tables.controlled(path).splitlines()
+    assert lines[2] == "| 1,000 generated, temperature 0.7 | 87.7 % | 80.0 % | 82 | 0.123 | 0.500 |"
+    assert lines[3] == "| 1,000 real, of the test set | 84.0 % | 81.2 % | 82 | 0.123 | 0.500 |"
+    assert lines[-3:] == ["| the same z, negative | the same z, positive |", "|---|---|", "| dull . | a \\| b . |"]
