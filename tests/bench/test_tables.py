@@ -112,7 +112,7 @@ def test_controlled_generation_is_read_from_its_result(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     figures = {"sentences": 1000, "perplexity": 81.6, "distinct_1": 0.1234, "distinct_2": 0.5}
     judges = {judge: {"test_short": share} for judge, share in (("cnn", 0.84), ("linear", 0.8123))}
-    generated = figures | {"temperature": 0.7, "accuracy": 0.8765, "accuracy_linear": 0.8}
+    generated = figures | {"temperature": 0.7, "accuracy": 0.8768, "accuracy_linear": 0.8}
     pair = {"negative": "dull .", "positive": "a | b ."}
     result = {"generated": [generated], "classifiers": judges, "real": figures, "same_z": [pair]}
     path.write_text(json.dumps(result))
