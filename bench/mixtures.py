@@ -51,6 +51,7 @@ def measure(name: str, settings: dict[str, Any], folder: Path) -> dict[str, Any]
     model, vocabulary, _ = load_run(folder)
     test = load_text(config.data, "test")
     figures = evaluate_mixture(model, vocabulary, test, data=config.data, split="test").to_dict()
+    figures = {key: value for key, value in figures.items() if value is not None}
     figures |= of_labels(model, vocabulary) if config.data == "dailydialog" else of_samples(model, vocabulary, config)
     return {"model": name, **figures, "steps": result.steps, "settings": _described(config)}
 

@@ -231,6 +231,10 @@ def mixtures(path: Path) -> str:
             f"| {row['model']} | {' | '.join(f'{row[name]:.{digits}f}' for name, (_, digits) in shown.items())} |"
             for row in rows
         ),
+    ]
+    return "\n".join(lines)
+
+
 def controlled(path: Path = CONTROLLED) -> str:
     """Return the README's tables of controlled generation."""
     result = json.loads(path.read_text())

@@ -27,7 +27,7 @@ from fastvae.training.config import ControlledConfig
 from fastvae.training.datamodule import EpochLoader, RunDataModule, TextDataModule
 from fastvae.training.metrics import Evaluation, evaluate, perplexity
 from fastvae.training.module import TextModule, row_sums, shared_arguments
-from fastvae.training.reports import Rows, sentence_rows, title_of
+from fastvae.training.reports import Rows, measure_writing, sentence_rows, title_of
 
 _OF_MODEL = (
     *("embed_dim", "hidden_size", "latent_dim", "num_layers", "word_dropout", "dropout", "layer_dropout"),
@@ -253,7 +253,10 @@ def report_controlled(
     *,
     data: str,
     split: str,
+    training_data: str | None = None,
     iw_samples: int = 0,
+    samples: int = 0,
+    reverse_samples: int = 0,
     batch_size: int = 32,
     seed: int = 0,
 ) -> tuple[ControlledEvaluation, str, Rows]:
@@ -262,7 +265,7 @@ def report_controlled(
     Args:
         model, vocabulary: what `load_run` gives.
         data, split: the sentences, as `load_labeled`.
-        iw_samples, seed: as `evaluate`.
+        training_data, iw_samples, samples, reverse_samples, seed: as `fastvae.training.reports.report_sentences`.
         batch_size: sentences at a time.
 
     Returns:
@@ -281,6 +284,16 @@ def report_controlled(
         accuracy=dict(zip(names, (right / known.clamp_min(1)).tolist(), strict=True)),
         control=dict(zip(names, (found / generated).tolist(), strict=True)),
         generated=generated,
+    )
+    result = measure_writing(
+        result,
+        model,
+        vocabulary,
+        text.sentences,
+        training_data=training_data or data,
+        samples=samples,
+        reverse_samples=reverse_samples,
+        seed=seed,
     )
     rows = sentence_rows(result)
     rows += [(name, f"{100 * share:.1f} %", "found in these sentences") for name, share in result.accuracy.items()]

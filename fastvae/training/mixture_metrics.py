@@ -12,10 +12,9 @@ from torch import Tensor
 
 from fastvae.data import load_text
 from fastvae.models.evidence import evaluating
-from fastvae.training.metrics import Figures, perplexity
-from fastvae.training.reports import Rows
-from fastvae.training.text import encode_sentences, reconstruct_sentences
-from fastvae.training.text_metrics import bleu
+from fastvae.training.metrics import Figures, TextFigures, perplexity
+from fastvae.training.reports import Rows, measure_writing, writing_rows
+from fastvae.training.text import encode_sentences
 
 if TYPE_CHECKING:
     from fastvae.data import Vocabulary
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtureEvaluation(Figures):
+class MixtureEvaluation(TextFigures):
     """Figures of a `MixtureVAE` on a set of sentences, in nats a sentence unless said otherwise.
 
     Args:
@@ -32,7 +31,6 @@ class MixtureEvaluation(Figures):
         code_kl: mean KL(q(c|x) || p(c)), a part of `kl`, which is mutual_information and the KL of the mean q(c|x).
         mutual_information: I(c;x) over these sentences, summed over the codes; mutual_information_per_code: of each.
         codes: how many different rows of likeliest codes there are.
-        bleu: of sentences written again, greedily from the posterior mean, against the words of the vocabulary.
         ppl: exp(total -ELBO / predicted tokens).
         sentences, tokens: how many were evaluated; tokens are those predicted, </s> included.
     """
@@ -45,7 +43,6 @@ class MixtureEvaluation(Figures):
     mutual_information: float
     mutual_information_per_code: list[float]
     codes: int
-    bleu: float
     ppl: float
     sentences: int
     tokens: int
@@ -98,6 +95,7 @@ def evaluate_mixture(
     seed: int = 0,
     data: str = "",
     split: str = "",
+    **writing: Any,
 ) -> MixtureEvaluation:
     """Evaluate a model on sentences, each counted once and no term weighted.
 
@@ -107,6 +105,7 @@ def evaluate_mixture(
         batch_size: sentences at a time, of like length.
         seed: of every draw; the same seed gives the same figures.
         data, split: written into the result as they are.
+        writing: samples, reverse_samples and training_data, as `fastvae.training.reports.measure_writing`.
 
     Raises:
         ValueError: there are no sentences, one has no word, or the model gives a figure that is not finite.
@@ -129,8 +128,7 @@ def evaluate_mixture(
     if not math.isfinite(nll + kl):
         raise ValueError(f"the -ELBO is {nll + kl}: the model's weights are damaged or training diverged")
     information = code_information(q)
-    written = reconstruct_sentences(model, vocabulary, ordered)
-    return MixtureEvaluation(
+    result = MixtureEvaluation(
         neg_elbo=nll + kl,
         nll=nll,
         kl=kl,
@@ -139,13 +137,13 @@ def evaluate_mixture(
         mutual_information=float(information.sum()),
         mutual_information_per_code=information.tolist(),
         codes=len(q.argmax(-1).unique(dim=0)),
-        bleu=bleu(written, [vocabulary.decode(vocabulary.encode(sentence)) for sentence in ordered]),
         ppl=perplexity(nll + kl, tokens),
         sentences=len(q),
         tokens=round(tokens * len(q)),
         data=data,
         split=split,
     )
+    return measure_writing(result, model, vocabulary, ordered, seed=seed, **writing)
 
 
 def report_mixture(
@@ -154,13 +152,29 @@ def report_mixture(
     *,
     data: str,
     split: str,
+    training_data: str | None = None,
+    iw_samples: int = 0,
+    samples: int = 0,
+    reverse_samples: int = 0,
     batch_size: int = 32,
     seed: int = 0,
-    **unused: Any,
 ) -> tuple[Figures, str, Rows]:
-    """Measure a `MixtureVAE`; arguments and result as `fastvae.training.reports.report_sentences`."""
-    sentences = load_text(data, split)
-    result = evaluate_mixture(model, vocabulary, sentences, batch_size=batch_size, seed=seed, data=data, split=split)
+    """Measure a `MixtureVAE`; arguments and result as `fastvae.training.reports.report_sentences`.
+
+    It has no importance-weighted bound: `iw_samples` is not used.
+    """
+    result = evaluate_mixture(
+        model,
+        vocabulary,
+        load_text(data, split),
+        batch_size=batch_size,
+        seed=seed,
+        data=data,
+        split=split,
+        training_data=training_data or data,
+        samples=samples,
+        reverse_samples=reverse_samples,
+    )
     each = " ".join(f"{value:.3f}" for value in result.mutual_information_per_code)
     rows = [
         ("-ELBO", f"{result.neg_elbo:.4f}", "nats a sentence"),
@@ -171,7 +185,7 @@ def report_mixture(
         ("PPL", f"{result.ppl:.4f}", "a predicted token, from -ELBO"),
         ("I(c;x)", f"{result.mutual_information:.4f}", f"nats: {each}"),
         ("codes", str(result.codes), "different rows of likeliest codes"),
-        ("BLEU", f"{result.bleu:.2f}", "of sentences written again"),
+        *writing_rows(result),
     ]
     return result, f"{data} ({split}): {result.sentences:,} sentences, {result.tokens:,} predicted tokens", rows
 

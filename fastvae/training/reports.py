@@ -84,7 +84,7 @@ def measure_writing(
     vocabulary: Vocabulary,
     sentences: Sequence[str],
     *,
-    training_data: str,
+    training_data: str = "",
     samples: int = 0,
     reverse_samples: int = 0,
     seed: int = 0,
@@ -96,7 +96,7 @@ def measure_writing(
         model: with the methods `reconstruct` and `sample` of a `SentenceVAE`; in evaluation mode.
         vocabulary: of the model.
         sentences: to write again, and on which reverse PPL is measured.
-        training_data: whose training part word_kl compares with.
+        training_data: whose training part word_kl compares with; needed with `reverse_samples` alone.
         samples: sentences to draw for self-BLEU and distinct n-grams; 0 leaves them out.
         reverse_samples: sentences to draw for reverse PPL and word-KL, on which a language model is trained for some
             minutes; 0 leaves them out.
