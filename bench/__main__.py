@@ -3,6 +3,7 @@
 import argparse
 import csv
 import importlib
+import itertools
 import os
 import re
 import sys
@@ -21,7 +22,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=6.0, help="timing of each case [6]")
     parser.add_argument("--threads", type=int, default=2, help="of every contender [2]")
     parser.add_argument("--out", type=Path, default=tables.RESULTS, help="folder of the results [bench/results]")
-    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name it matches [all]")
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name it matches [all]; others stay")
     arguments = parser.parse_args()
     if unknown := set(arguments.families) - set(FAMILIES):
         parser.error(f"unknown family {', '.join(sorted(unknown))}; there are {', '.join(FAMILIES)}")
@@ -31,8 +32,11 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for family in arguments.families or FAMILIES:
-        rows = run_family(family, arguments.seconds, arguments.only)
-        with (arguments.out / f"{family}.csv").open("w", newline="") as file:
+        rows, path = run_family(family, arguments.seconds, arguments.only), arguments.out / f"{family}.csv"
+        if arguments.only and path.exists():
+            with path.open(newline="") as file:
+                rows = renewed(list(csv.DictReader(file)), rows)
+        with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
@@ -41,6 +45,19 @@ def main() -> int:
     figure.draw(rows, arguments.out / "ratios.png")
     print(f"written to {arguments.out}")
     return 0
+
+
+def renewed(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put the rows of cases measured anew in the place of their old ones, and those of new cases at the end."""
+
+    def case(row: dict[str, Any]) -> tuple[str, str]:
+        return row["case"], row["direction"]
+
+    measured = {key: list(group) for key, group in itertools.groupby(new, case)}
+    rows = []
+    for key, group in itertools.groupby(old, case):
+        rows += measured.pop(key, list(group))
+    return rows + [row for group in measured.values() for row in group]
 
 
 def run_family(family: str, seconds: float, only: str = "") -> list[dict[str, Any]]:

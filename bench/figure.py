@@ -5,13 +5,14 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 
-from bench.interleave import OURS
+from bench.interleave import OURS, PRODUCTS
 from bench.tables import Row, cases
 
 
 def draw(rows: list[Row], path: Path) -> None:
     """Draw the ratios of all cases as points on a logarithmic axis; right of 1 we are faster."""
     matplotlib.use("agg")
+    rows = [row for row in rows if row["contender"] != PRODUCTS]
     grouped = cases(rows)[::-1]
     peers = list(dict.fromkeys(row["contender"] for row in rows if row["contender"] != OURS))
     figure, axes = plt.subplots(figsize=(13, 1.5 + 0.27 * len(grouped)), layout="constrained")

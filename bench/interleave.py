@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 OURS = "fastvae"
+PRODUCTS = "its products alone"  # no peer but the part of a case that no kernel of ours replaces
 _SAMPLE_SECONDS = 2e-3  # a sample repeats its call until it lasts this long, far above the clock's grain
 
 

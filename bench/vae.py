@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench.interleave import OURS, Case, WrongResultError
+from bench.interleave import OURS, PRODUCTS, Case, WrongResultError
 from fastvae.models import VAE
 from fastvae.nn import MLPDecoder, MLPEncoder
 
@@ -134,6 +135,22 @@ class OurTrainer(Trainer):
         return [BATCH * grad for grad in grads.values()]
 
 
+def products() -> Callable[[], None]:
+    """The matrix products of a step, forward and backward, and nothing else."""
+    rows = [torch.randn(BATCH, n) for n in (PIXELS, HIDDEN, 2 * LATENT, LATENT, HIDDEN, PIXELS)]
+    layers = [(rows[0], rows[1]), (rows[1], rows[2]), (rows[3], rows[4]), (rows[4], rows[5])]
+    weights = [torch.randn(y.shape[1], x.shape[1]) for x, y in layers]
+
+    def call() -> None:
+        for (x, y), weight in zip(layers, weights, strict=True):
+            torch.mm(x, weight.T)
+            torch.mm(y.T, x)
+            if x is not rows[0]:  # the images have no gradient
+                torch.mm(y, weight)
+
+    return call
+
+
 def cases() -> Iterator[Case]:
     images = torch.rand(IMAGES, 1, 28, 28, generator=torch.Generator().manual_seed(0)).round()
     makers: dict[str, Callable[[], Trainer]] = {
@@ -148,6 +165,12 @@ def cases() -> Iterator[Case]:
     expected = exact.gradients()
 
     def check(name: str) -> None:
+        if name == PRODUCTS:
+            with FlopCounterMode(display=False) as counted:
+                calls[PRODUCTS]()
+            if counted.get_total_flops() != _FLOPS:
+                raise WrongResultError(f"{name}: {counted.get_total_flops():,} FLOPs, not {_FLOPS:,.0f}")
+            return
         error = (makers[name]().gradients().double() - expected).norm().item() / expected.norm().item()
         if not error < 1e-3:
             raise WrongResultError(f"{name}: the gradient is off by {error:.3g} of its length")
@@ -155,5 +178,8 @@ def cases() -> Iterator[Case]:
     for what, steps in (("step", 1), ("epoch", -(-IMAGES // BATCH))):
         name = f"{PIXELS}-{HIDDEN}-{LATENT}, " + ("batch 128" if what == "step" else f"{IMAGES:,} images")
         trainers = {name: make() for name, make in makers.items()}
+        calls: dict[str, Callable[[], object]]
         calls = {name: t.one_step if what == "step" else t.epoch for name, t in trainers.items()}
+        if what == "step":
+            calls[PRODUCTS] = products()
         yield Case("vae", name, "forward+backward+Adam", calls, check, flops=steps * _FLOPS, bytes=steps * _BYTES)

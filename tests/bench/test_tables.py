@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from bench import figure, tables
+from bench.__main__ import renewed
 
 PEERS = {
     "fastvae": ("1.25", "1.0", "2.0"),
@@ -98,6 +99,24 @@ def test_a_document_has_the_tables_that_it_marks(folder: Path) -> None:
     assert tables.renewed(text.format("sequences"), folder) == text.format("sequences").replace("old", table)
     with pytest.raises(ValueError, match="unknown"):
         tables.renewed("<!-- unknown: begin -->\n<!-- unknown: end -->\n", folder)
+
+
+def test_cases_measured_anew_take_the_place_of_the_old() -> None:
+    old = [{"case": c, "direction": d, "contender": n} for c in "ab" for d in ("forward", "both") for n in "xyz"]
+    new = [{"case": c, "direction": "both", "contender": n} for c in "ca" for n in "xw"]
+    rows = [(row["case"], row["direction"], row["contender"]) for row in renewed(old, new)]
+    kept = [("b", d, n) for d in ("forward", "both") for n in "xyz"]
+    anew = [[(c, "both", n) for n in "xw"] for c in "ac"]
+    assert rows == [*(("a", "forward", n) for n in "xyz"), *anew[0], *kept, *anew[1]]
+
+
+def test_products_alone_are_told_and_no_peer(folder: Path) -> None:
+    rows = [row | {"family": "vae"} for row in tables.read(folder)]
+    alone = rows[0] | {"contender": "its products alone", "median_ms": "0.45", "times_ours": "0.45"}
+    text = tables.vae_summary([*rows[:1], alone, *rows[1:]])
+    assert "alone, timed in turns with the rest, take 0.45 ms, 45 % of ours." in text
+    assert "(fourth)" in text, "the best other is a peer"
+    figure.draw([*rows[:1], alone, *rows[1:]], folder / "ratios.png")
 
 
 def test_penn_treebank_is_read_from_the_evaluation(tmp_path: Path) -> None:
