@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("lightning")
 
-from fastvae.training.checkpoint import read_checkpoint
+from fastvae.data import load_array
+from fastvae.training.checkpoint import load_run, read_checkpoint
 from fastvae.training.metrics_file import read_metrics
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -66,6 +68,21 @@ def test_two_processes_train_as_one(tmp_path, text_file):
     assert second < 0.95 * first  # they did train
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-2, atol=1e-3)
+
+
+def test_two_processes_train_on_arrays_and_count_each_row_once(tmp_path):
+    data, folder = tmp_path / "images.npy", tmp_path / "run"
+    np.save(data, np.random.default_rng(0).integers(0, 255, (150, 4, 3), np.uint8))
+    command = [sys.executable, "-m", "fastvae", "train", "--model", "vae", "--data", str(data), "--out", str(folder)]
+    options = ["--devices", "2", "--epochs", "1", "--hidden", "8", "--latent-dim", "3", "--accelerator", "cpu"]
+    subprocess.run([*command, *options], env=ENVIRONMENT, check=True, timeout=120, capture_output=True)
+    model, scaling, _ = load_run(folder, which="last")
+    rows = load_array(str(data), "valid").read(slice(None))
+    assert len(rows) % 2 == 1, "one process has a row more"
+    with torch.no_grad():
+        kl = model.eval()(scaling.apply(rows)).kl.mean()
+    (validation,) = [row for row in read_metrics(folder / "metrics.csv") if "valid/kl" in row]
+    assert validation["valid/kl"] == pytest.approx(kl.item(), rel=1e-5)
 
 
 @pytest.fixture
