@@ -83,7 +83,7 @@ class SentenceVAE(Pretrained):
             et al., Learning Discourse-level Diversity for Neural Dialog Models, 2017, section 3.3); 0 for none.
         encoder_noise: "drop", "blank", "substitute" or "shuffle" the words that the encoder reads in training, as
             `noisy_words`: a denoising auto-encoder; None for none.
-        encoder_noise_level: share of the words that it hits; of "shuffle" how far a word may move.
+        encoder_noise_level: share of the words that it hits; of "shuffle" how many places a word may move.
         regularizer: "kl"; "none" makes z the posterior's mean: a plain auto-encoder; "adversarial" does likewise and
             has a `LatentAdversary` pull these codes towards N(0, I). Without "kl" the KL counts as 0, and the -ELBO
             is the reconstruction alone: no bound of anything.
@@ -226,7 +226,8 @@ class SentenceVAE(Pretrained):
 
         def source(stream: int) -> dict[str, Any]:
             # One seed for all would make z, word dropout and the rest from the same random numbers.
-            return {"generator": generator, "seed": None if seed is None else seed + stream * _STREAM}
+            distance = (stream * _STREAM + 2**63) % 2**64 - 2**63  # as an int64 would wrap
+            return {"generator": generator, "seed": None if seed is None else seed + distance}
 
         hidden = self.encoder(*self._read(tokens, lengths, **source(2)))
         if self.regularizer == "kl":

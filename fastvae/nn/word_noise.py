@@ -19,9 +19,11 @@ def check_noise(noise: str, level: float) -> None:
     """Raise ValueError unless `noise` and its `level` are those of `noisy_words`."""
     if noise not in NOISES:
         raise ValueError(f"noise: expected one of {', '.join(map(repr, NOISES))}, got {noise!r}")
-    if not 0 <= level <= (math.inf if noise == "shuffle" else 1):
-        expected = "at least 0 places" if noise == "shuffle" else "a probability in [0, 1]"
-        raise ValueError(f"level: expected {expected} for {noise!r}, got {level}")
+    if noise == "shuffle":
+        if not 0 <= level < math.inf or level % 1:
+            raise ValueError(f"level: expected a whole number of places for 'shuffle', got {level}")
+    elif not 0 <= level <= 1:
+        raise ValueError(f"level: expected a probability in [0, 1] for {noise!r}, got {level}")
 
 
 def noisy_words(
@@ -63,7 +65,7 @@ def noisy_words(
     number, words = uniform(seed, offsets), (positions > 0) & (positions < lengths.unsqueeze(1) - 1)
     if noise == "shuffle":
         # A word may pass those up to `level` places away: sorted by place + uniform in [0, level + 1).
-        place = (positions + number.double() * (math.floor(level) + 1)).masked_fill(positions == 0, -1.0)
+        place = (positions + number.double() * (level + 1)).masked_fill(positions == 0, -1.0)
         place = place.where(words | (positions == 0), math.inf)
         return tokens.gather(1, place.sort(dim=1, stable=True).indices), lengths
     hit = words & (number < level)

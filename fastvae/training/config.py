@@ -215,9 +215,11 @@ class TrainConfig(TextConfig, KLConfig):
         _check_layers(self)
         if self.free_bits and self.regularizer != "kl":
             raise ValueError(f"free_bits must be 0 where regularizer is {self.regularizer!r}, got {self.free_bits}")
-        if self.encoder_noise != "shuffle" and not self.encoder_noise_level <= 1:
+        level, shuffle = self.encoder_noise_level, self.encoder_noise == "shuffle"
+        if level % 1 if shuffle else not level <= 1:
+            expected = "a whole number of places" if shuffle else "a share, at most 1,"
             raise ValueError(
-                f"encoder_noise_level is a share, at most 1, but for shuffle, got {self.encoder_noise_level}"
+                f"encoder_noise_level must be {expected} where encoder_noise is {self.encoder_noise!r}, got {level}"
             )
         if self.aggressive_steps and (self.devices > 1 or self.streaming or self.precision == "16-mixed"):
             raise ValueError("aggressive_steps needs one device, no streaming, and precision 32 or bf16-mixed")
