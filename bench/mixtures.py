@@ -84,6 +84,10 @@ def _described(config: MixtureConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in ("out", "max_minutes")}
 
 
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.mixtures", description=__doc__)
     parser.add_argument("data", choices=("dailydialog", "ptb"))
@@ -99,14 +103,13 @@ def main() -> int:
     settings = read_yaml(arguments.config or known)
     out = arguments.out or RESULTS / f"{arguments.data}_mixtures.json"
     runs = arguments.runs or Path("build") / "mixtures" / arguments.data
-    rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.is_file() else []
     for name in arguments.models or (MODELS if arguments.data == "dailydialog" else OF_PTB):
         wanted = _described(MixtureConfig.from_mapping(settings | MODELS[name]))
-        if any(row["model"] == name and row["settings"] == wanted for row in rows):
+        if any(row["model"] == name and row["settings"] == wanted for row in _rows(out)):
             print(f"{name}: measured already")
             continue
         row = measure(name, settings, runs / name.replace(" + ", "_").replace("-", "_").lower())
-        rows = [*(other for other in rows if other["model"] != name), row]
+        rows = [*(other for other in _rows(out) if other["model"] != name), row]  # others may have been at work
         rows.sort(key=lambda row: list(MODELS).index(row["model"]))
         text = json.dumps(rows, indent=2) + "\n"
         replace_atomically(out, lambda file, text=text: file.write(text.encode()))
