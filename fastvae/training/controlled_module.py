@@ -158,8 +158,8 @@ class ControlledModule(TextModule):
 
     @property
     def may_be_best(self) -> bool:
-        """Whether the sleep phase has begun: before, the attributes are not controlled."""
-        return self.asleep
+        """Whether a step of the sleep phase has been done: before, the attributes are not controlled."""
+        return self.global_step > self._sleep_start
 
     @property
     def sleep_weight(self) -> float:

@@ -101,14 +101,16 @@ def test_the_weights_of_the_sleep_phase_follow_their_course(table):
     module = ControlledModule(ControlledModule.build_model(config, data), config)
     start, end = data.steps(2), data.steps(4)
     module._sleep_start, module._steps = start, end
-    seen = []
+    seen, best = [], []
     for step in (0, start - 1, start, start + 1, start + 4, start + 9, (start + end) // 2, end):
         type(module).global_step, kept = step, type(module).global_step
         try:
             seen.append((module.asleep, module.sleep_weight, module.temperature))
+            best.append(module.may_be_best)
         finally:
             type(module).global_step = kept
     assert [asleep for asleep, _, _ in seen] == [False, False, True, True, True, True, True, True]
+    assert best == [False, False, False, True, True, True, True, True]
     assert [weight for _, weight, _ in seen][:6] == pytest.approx([0, 0, 0.2, 0.4, 1, 1])
     assert [seen[i][2] for i in (0, 2, 7)] == pytest.approx([2.0, 2.0, 0.5])
     assert seen[6][2] == pytest.approx(1.0, rel=0.1)
