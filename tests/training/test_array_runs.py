@@ -481,9 +481,9 @@ def test_train_takes_a_file_then_flags_and_resumes(tmp_path, pictures, images, c
 
 def test_settings_of_other_models_are_refused(capsys):
     line = fails(capsys, "train", "--model", "linear_autoencoder", "--beta", "2")
-    assert line.endswith("beta is a setting of vae, not of linear_autoencoder")
+    assert line.endswith("beta is a setting of mixture_vae, vae, not of linear_autoencoder")
     line = fails(capsys, "train", "--model", "vae", "--word-dropout", "0.2")
-    assert line.endswith("word_dropout is a setting of sentence_vae, not of vae")
+    assert line.endswith("word_dropout is a setting of sentence_vae, mixture_vae, dialogue, controlled_vae, not of vae")
     assert "invalid choice: 'gan'" in fails(capsys, "train", "--model", "gan")
     assert "--hidden: invalid sizes value: 'many'" in fails(capsys, "train", "--model", "vae", "--hidden", "many")
 
@@ -537,7 +537,7 @@ def test_sample_and_reconstruct_write_pictures_and_arrays(vae_run, capsys, image
 def test_commands_that_make_no_sense_say_so(vae_run, capsys, settings, tmp_path):
     run = str(vae_run)
     assert fails(capsys, "export", run).endswith(f"export is for runs of sentence_vae, and {run} is one of vae")
-    assert "interpolate is for runs of sentence_vae" in fails(capsys, "interpolate", run, "a", "b")
+    assert "interpolate is not for runs of vae" in fails(capsys, "interpolate", run, "a", "b")
     assert "--strategy is for runs on text" in fails(capsys, "sample", run, "--strategy", "greedy")
     assert "takes one DATA, got 2" in fails(capsys, "reconstruct", run, "a", "b")
     assert "--out must end with .png or .npy" in fails(capsys, "sample", run, "--out", "x.txt")
