@@ -146,13 +146,14 @@ def pairs(model: ControlledTextVAE, vocabulary: Vocabulary, seed: int) -> list[d
 
 def measure(folder: Path, count: int, seed: int) -> dict[str, Any]:
     """Judge a run; the figures as plain types."""
-    model, vocabulary, settings = load_run(folder)
-    longest = settings["longest"]
     train, valid, test = (load_labeled("sst2", split) for split in ("train", "valid", "test"))
-    short = test.up_to(longest)
     judges = {"cnn": convolutional_judge(train, valid, seed=seed + 1000), "linear": linear_judge(train)}
     words = Vocabulary.build(train.sentences, min_count=2)
     language_model = train_language_model(train.sentences, words, valid=valid.sentences, seed=seed + 1000)
+    # the last weights: temperature and learning rate have gone their whole course
+    model, vocabulary, settings = load_run(folder, which="last")
+    longest = settings["longest"]
+    short = test.up_to(longest)
     rows = []
     for temperature in TEMPERATURES:
         options: dict[str, Any] = {"count": count, "temperature": temperature, "seed": seed}
