@@ -259,7 +259,7 @@ def test_mistakes_about_attributes(controlled_folder, run_folder, capsys):
     assert "transfer is for runs of controlled_vae" in fails(
         capsys, "transfer", str(run_folder), "play", "--attribute", "mood=good"
     )
-    assert "interpolate is for runs of sentence_vae" in fails(capsys, "interpolate", folder, "play", "song")
+    assert "interpolate is not for runs of controlled_vae" in fails(capsys, "interpolate", folder, "play", "song")
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "sample", "beam"])

@@ -56,7 +56,7 @@ def test_two_processes_train_as_one(tmp_path, text_file):
             [sys.executable, str(script), str(text_file), str(tmp_path / devices), devices],
             env=ENVIRONMENT,
             check=True,
-            timeout=120,
+            timeout=300,
             capture_output=True,
         )
     one, two = (read_metrics(tmp_path / devices / "metrics.csv") for devices in ("1", "2"))
@@ -75,7 +75,7 @@ def test_two_processes_train_on_arrays_and_count_each_row_once(tmp_path):
     np.save(data, np.random.default_rng(0).integers(0, 255, (150, 4, 3), np.uint8))
     command = [sys.executable, "-m", "fastvae", "train", "--model", "vae", "--data", str(data), "--out", str(folder)]
     options = ["--devices", "2", "--epochs", "1", "--hidden", "8", "--latent-dim", "3", "--accelerator", "cpu"]
-    subprocess.run([*command, *options], env=ENVIRONMENT, check=True, timeout=120, capture_output=True)
+    subprocess.run([*command, *options], env=ENVIRONMENT, check=True, timeout=300, capture_output=True)
     model, scaling, _ = load_run(folder, which="last")
     rows = load_array(str(data), "valid").read(slice(None))
     assert len(rows) % 2 == 1, "one process has a row more"
@@ -112,7 +112,7 @@ def start_training(text_file):
         )
         started.append(process)
         metrics = folder / "metrics.csv"
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 5):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline, "training did not start"
@@ -130,7 +130,7 @@ def test_ctrl_c_saves_and_exits_with_130(tmp_path, start_training, more):
     folder = tmp_path / "run"
     process = start_training(folder, *more)
     process.send_signal(signal.SIGINT)  # to the first process alone: it has to tell the others
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert process.returncode == 130, err
     assert f"fastvae train --out {folder} --resume" in out
     assert "Traceback" not in err
