@@ -99,6 +99,8 @@ _SETTINGS: dict[str, dict[str, str]] = {
         "num_samples": "of z for each row or sentence in the bound",
         "beta": "weight of the KL, multiplied by that of the schedule; of a mixture that of the dispersion, of which "
         "dgm_vae and dcm_vae alone have one",
+        "supervision": "attributes that the first codes are taught, such as act; '': none",
+        "supervision_weight": "of that, -log q(c|x) of the known values",
         "mutual_information_weight": "of I(c;x) in what is maximised",
         "temperature": "of relaxed one-hot samples; in a controlled_vae at the start of the sleep phase",
         "kl_schedule": "course of the KL weight",
@@ -817,7 +819,7 @@ examples:
   fastvae respond dialogue_smd "find me a cafe" "there is one near" "what is the address" -n 3
   fastvae respond dialogue_smd "thanks" --codes 0-1-4 2-1-0
 
-Prints for each action its codes, the policy's probability of it, and the answer.
+Prints the likeliest answers that differ: codes, probability of the actions that give it, answer.
 """
 
 
@@ -835,7 +837,7 @@ def _add_interpret(parser: _Parser) -> None:
 def _interpret(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from fastvae.training.interpret import draw, interpret, labelled_text, table, write_html
+    from fastvae.training.interpret import draw, interpret, labeled_text, table, write_html
 
     if arguments.count < 1:
         raise ValueError(f"--count must be at least 1, got {arguments.count}")
@@ -844,9 +846,9 @@ def _interpret(arguments: argparse.Namespace) -> int:
     _require(arguments, loaded, "prior_latents")
     data = arguments.data or config["data"]
     split = arguments.split or ("all" if arguments.data and Path(data).is_file() else "test")
-    sentences, labels = labelled_text(data, split)
+    text = labeled_text(data, split)
     title = f"Codes of {arguments.folder}, by {data} ({split})"
-    found = interpret(model, vocabulary, sentences, labels, examples=arguments.count, seed=arguments.seed, title=title)
+    found = interpret(model, vocabulary, text, examples=arguments.count, seed=arguments.seed, title=title)
     print(table(found))
     print(f"I(c;x) of each code in nats: {'  '.join(f'{value:.3f}' for value in found.information)}")
     out = Path(arguments.out or Path(arguments.folder) / "codes")
@@ -858,8 +860,8 @@ def _interpret(arguments: argparse.Namespace) -> int:
 def _add_respond(parser: _Parser) -> None:
     _add_run(parser)
     parser.add_argument("context", nargs="+", metavar="UTTERANCE", help="what was said, the earliest first")
-    parser.add_argument("-n", "--count", type=int, default=5, metavar="INT", help="actions, the likeliest [5]")
-    parser.add_argument("--codes", nargs="+", metavar="CODES", help="actions in place of these, such as 0-1-4")
+    parser.add_argument("-n", "--count", type=int, default=5, metavar="INT", help="answers, the likeliest [5]")
+    parser.add_argument("--codes", nargs="+", metavar="CODES", help="answer by these actions instead, such as 0-1-4")
     _add_decoding(parser, "greedy")
 
 

@@ -33,9 +33,9 @@ def _dailydialog(folder: Path, split: str) -> list[str]:
 
 
 def _smd(folder: Path, split: str) -> list[str]:
-    from fastvae.data.smd import smd_exchanges
+    from fastvae.data.smd import both_sides, smd_exchanges
 
-    return [said for exchange in smd_exchanges(folder, split) for said in (exchange.context[-1], exchange.response)]
+    return both_sides(smd_exchanges(folder, split))
 
 
 def _sst2(folder: Path, split: str) -> list[str]:

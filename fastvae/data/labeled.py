@@ -15,10 +15,12 @@ from torch.utils.data import Dataset
 from fastvae.data.assistant import INTENTS, SENTIMENTS, assistant_utterances
 from fastvae.data.batching import TextBatch, collate
 from fastvae.data.corpus import SPLIT_NAMES, TextCorpus, corpus_folder, read_sentences
+from fastvae.data.dailydialog import ACTS, EMOTIONS, dailydialog_dialogues
+from fastvae.data.smd import SMD_INTENTS, both_sides, smd_exchanges
 from fastvae.data.sst2 import SST2_SENTIMENTS, read_reviews
 from fastvae.data.vocabulary import Vocabulary
 
-LABELED = ("assistant", "sst2")
+LABELED = ("assistant", "dailydialog", "smd", "sst2")
 _UNKNOWN = "?"
 
 
@@ -64,10 +66,10 @@ def load_labeled(source: str | os.PathLike[str], split: str = "train") -> Labele
     """Give the sentences of one split with their attributes.
 
     Args:
-        source: "assistant", whose requests have a sentiment and an intent; "sst2", whose reviews have a sentiment; a
-            table, or a folder with train.tsv, valid.tsv and test.tsv, whose first line names the columns, parted by
-            tabs: attributes, of which ? is an unknown value, and at the end text. The values of an attribute are those
-            of the table, or of train.tsv, sorted.
+        source: "assistant", whose requests have a sentiment and an intent; "dailydialog", an act and an emotion;
+            "smd", an intent; "sst2", whose reviews have a sentiment; a table, or a folder with train.tsv, valid.tsv and
+            test.tsv, whose first line names the columns, parted by tabs: attributes, of which ? is an unknown value,
+            and at the end text. The values of an attribute are those of the table, or of train.tsv, sorted.
         split: "train", "valid" or "test". Of each 20 sentences of a single table the 19th is for validation and the
             20th for testing; "all" gives the whole of it.
 
@@ -86,6 +88,15 @@ def load_labeled(source: str | os.PathLike[str], split: str = "train") -> Labele
         labels = [(SENTIMENTS.index(each.sentiment), intents.index(each.intent)) for each in utterances]
         names = {"sentiment": SENTIMENTS, "intent": intents}
         return LabeledText([each.text for each in utterances], np.array(labels, dtype=np.int64), names)
+    if source == "dailydialog":
+        dialogues = dailydialog_dialogues(corpus_folder("dailydialog"), split)
+        said = [utterance for dialogue in dialogues for utterance in dialogue]
+        both = np.array([(utterance.act, utterance.emotion) for utterance in said], dtype=np.int64)
+        return LabeledText([utterance.text for utterance in said], both, {"act": ACTS, "emotion": EMOTIONS})
+    if source == "smd":
+        exchanges = smd_exchanges(corpus_folder("smd"), split)
+        intent = [[SMD_INTENTS.index(exchange.label)] for exchange in exchanges for _ in range(2)]
+        return LabeledText(both_sides(exchanges), np.array(intent, dtype=np.int64), {"intent": SMD_INTENTS})
     if source == "sst2":
         reviews = read_reviews(corpus_folder("sst2"), split)
         values = np.array([[label] for label, _ in reviews], dtype=np.int64)

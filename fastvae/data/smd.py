@@ -12,12 +12,13 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastvae.data.dialogues import Exchange
 
-INTENTS = ("navigate", "schedule", "weather")
+SMD_INTENTS = ("navigate", "schedule", "weather")
 _FILES = {"valid": "kvret_dev_public.json", "test": "kvret_test_public.json"}
 _WORD = "[^\\W_]+(?:['\u2019:.-][^\\W_]+)*"
 
@@ -44,6 +45,11 @@ def smd_exchanges(folder: Path, split: str) -> list[Exchange]:
     return [exchange for exchange in found if exchange.context and exchange.response]
 
 
+def both_sides(exchanges: Sequence[Exchange]) -> list[str]:
+    """Give what was answered last, and the answer, of each exchange in turn."""
+    return [said for exchange in exchanges for said in (exchange.context[-1], exchange.response)]
+
+
 def _words(text: str, punctuation: bool = False) -> str:
     return " ".join(re.findall(_WORD + r"|[.,;:!?]" if punctuation else _WORD, text.lower()))
 
@@ -52,9 +58,9 @@ def _table(path: Path) -> list[tuple[list[str], str, str]]:
     rows = []
     with path.open(encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.reader(file), start=1):
-            if len(row) != 3 or row[2] not in INTENTS:
+            if len(row) != 3 or row[2] not in SMD_INTENTS:
                 raise ValueError(
-                    f"{path}, row {number}: expected context, response, and {', '.join(INTENTS)}, got {row}"
+                    f"{path}, row {number}: expected context, response, and {', '.join(SMD_INTENTS)}, got {row}"
                 )
             rows.append((row[0].split("<eou>"), row[1], row[2]))
     return rows

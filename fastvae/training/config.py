@@ -36,7 +36,7 @@ CHOICES = {
 }
 _AT_LEAST = {
     0: "max_length workers max_tokens max_minutes kl_start kl_weight kl_steps free_bits patience seed checkpoint_every "
-    "image_size beta level mutual_information_weight warmup_steps "
+    "image_size beta level mutual_information_weight supervision_weight warmup_steps "
     "batch_norm bag_of_words encoder_noise_level aggressive_steps context_words longest pretrain_epochs sleep_steps "
     "lambda_c lambda_z lambda_u entropy_weight",
     1: "min_count embed_dim hidden_size latent_dim num_layers batch_size epochs devices log_every num_samples "
@@ -240,6 +240,8 @@ class MixtureConfig(TextConfig, KLConfig):
         variables, components, latent_dim: M codes of K values each, and the size of each code's z.
         beta: weight of the dispersion; "dgm_vae" and "dcm_vae" alone have one.
         mutual_information_weight: of I(c;x), which "di_vae" fixes at 1.
+        supervision: attributes of the data, parted by commas, that the first codes are taught; none when empty.
+        supervision_weight: of -log q(c|x) of the known values.
         num_samples: of z for each sentence of a step.
         temperature: of relaxed one-hot samples.
         num_layers, word_dropout, dropout, tie_weights, share_embedding: as in `TrainConfig`.
@@ -252,6 +254,8 @@ class MixtureConfig(TextConfig, KLConfig):
     latent_dim: int = 5
     beta: float = 0.7
     mutual_information_weight: float = 0.0
+    supervision: str = ""
+    supervision_weight: float = 1.0
     num_samples: int = 1
     temperature: float = 1.0
     num_layers: int = 1

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from fastvae.models import DialogueModel
 
 
+_LIKELIEST = 200  # actions that are tried for answers that differ
+
+
 class Answer(NamedTuple):
     """What is said for an action.
 
@@ -77,8 +80,9 @@ def answer(
     Args:
         model, vocabulary: what `load_run` gives.
         context: what was said before, the earliest first.
-        codes: the actions; the policy's likeliest when None.
-        count: how many of these.
+        codes: the actions; when None those of the policy's likeliest 200 whose answers differ, each with the
+            probability of all that give this answer.
+        count: most answers to give then, the likeliest.
         most_words: of the context, the last tokens that are read; 0 reads all.
         seed: of the draws where options say strategy="sample".
         options: arguments of `DialogueModel.respond`.
@@ -91,18 +95,23 @@ def answer(
     device = model.policy.weight.device
     row = encode_context(vocabulary, context, most_words).unsqueeze(0).to(device)
     if codes is None:
-        found, log_p = model.actions(row, n=min(count, model.vae.components**model.vae.variables))
+        found, log_p = model.actions(row, n=min(_LIKELIEST, model.vae.components**model.vae.variables))
         chosen, scores = found[0], log_p[0]
     else:
         chosen = torch.tensor([list(action) for action in codes], device=device)
         model.vae.code_mean(chosen)  # tells of wrong codes
-        every = model.code_log_probabilities(row)[0]
-        scores = every[torch.arange(len(every), device=device), chosen].sum(-1)
+        scores = model.code_log_probabilities(row)[0].gather(1, chosen.T).sum(0)
     options["generator"] = torch.Generator(device).manual_seed(seed)
     tokens, _ = model.respond(row.expand(len(chosen), -1), codes=chosen, **options)
     texts = [vocabulary.decode(line) for line in tokens]
-    actions = [tuple(action) for action in chosen.tolist()]
-    return [Answer(*each) for each in zip(actions, scores.exp().tolist(), texts, strict=True)]
+    each = [Answer(tuple(c), p, t) for c, p, t in zip(chosen.tolist(), scores.exp().tolist(), texts, strict=True)]
+    if codes is not None:
+        return each
+    different: dict[str, Answer] = {}
+    for one in each:
+        first = different.get(one.text)
+        different[one.text] = one if first is None else first._replace(probability=first.probability + one.probability)
+    return sorted(different.values(), key=lambda one: -one.probability)[:count]
 
 
 @torch.no_grad()
@@ -203,16 +212,14 @@ def answers_text(
         model: in evaluation mode.
         vocabulary: of the model.
         exchanges: answers and contexts, 1-D int64.
-        seed: unused, as nothing is drawn.
+        seed: as `answer`.
     """
     lines = []
     for real, context in exchanges:
-        codes, log_p = model.actions(context.unsqueeze(0), n=min(5, model.vae.components**model.vae.variables))
-        tokens, _ = model.respond(context.expand(codes.size(1), -1), codes=codes[0])
-        said = " / ".join(vocabulary.decode(part) for part in _utterances(context, vocabulary))
-        lines += [said, f"  {vocabulary.decode(real)}"]
-        for action, score, row in zip(codes[0].tolist(), log_p[0].exp().tolist(), tokens, strict=True):
-            lines.append(f"    {'-'.join(map(str, action))} ({score:.2f}) -> {vocabulary.decode(row)}")
+        said = [vocabulary.decode(part) for part in _utterances(context, vocabulary)]
+        lines += [" / ".join(said), f"  {vocabulary.decode(real)}"]
+        for one in answer(model, vocabulary, said, most_words=0, seed=seed):
+            lines.append(f"    {'-'.join(map(str, one.codes))} ({one.probability:.2f}) -> {one.text}")
         lines.append("")
     return "\n".join(lines)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastvae.data import load_text
-from fastvae.data.corpus import corpus_folder
-from fastvae.data.dialogues import load_exchanges
+from fastvae.data.labeled import LABELED, LabeledText, load_labeled
 from fastvae.files import replace_atomically
 from fastvae.training.curves import figure_to
 from fastvae.training.mixture_metrics import code_information, code_probabilities
@@ -23,8 +21,6 @@ from fastvae.training.mixture_metrics import code_information, code_probabilitie
 if TYPE_CHECKING:
     from fastvae.data import Vocabulary
     from fastvae.models import MixtureVAE
-
-Labels = Mapping[str, tuple[Sequence[str], Sequence[int]]]  # name: names of its values, value of each sentence
 
 
 @dataclass(frozen=True)
@@ -71,34 +67,23 @@ class Interpretation:
     title: str = ""
 
 
-def labelled_text(data: str, split: str) -> tuple[list[str], Labels]:
-    """Give the sentences of a corpus and what is known of them.
+def labeled_text(data: str, split: str) -> LabeledText:
+    """Give the sentences of a corpus, with their attributes where it has some: as `load_labeled`, else as `load_text`.
 
     Args:
-        data, split: as `load_text`. DailyDialog's utterances have an act and an emotion, SMD's an intent, and others
-            no label.
+        data, split: a table of attributes ends with .tsv.
     """
-    if data == "dailydialog":
-        from fastvae.data.dailydialog import ACTS, EMOTIONS, dailydialog_dialogues
-
-        dialogues = dailydialog_dialogues(corpus_folder(data), split)
-        said = [utterance for dialogue in dialogues for utterance in dialogue]
-        acts, emotions = [utterance.act for utterance in said], [utterance.emotion for utterance in said]
-        return [utterance.text for utterance in said], {"act": (ACTS, acts), "emotion": (EMOTIONS, emotions)}
-    if data == "smd":
-        from fastvae.data.smd import INTENTS
-
-        exchanges = load_exchanges(data, split)
-        both = [(said, exchange.label) for exchange in exchanges for said in (exchange.context[-1], exchange.response)]
-        return [said for said, _ in both], {"intent": (INTENTS, [INTENTS.index(intent) for _, intent in both])}
-    return load_text(data, split), {}
+    path = Path(data)
+    if data in LABELED or path.suffix == ".tsv" or (path / "train.tsv").is_file():
+        return load_labeled(data, split)
+    sentences = load_text(data, split)
+    return LabeledText(sentences, np.zeros((len(sentences), 0), dtype=np.int64), {})
 
 
 def interpret(
     model: MixtureVAE,
     vocabulary: Vocabulary,
-    sentences: Sequence[str],
-    labels: Labels | None = None,
+    text: LabeledText,
     *,
     examples: int = 5,
     seed: int = 0,
@@ -108,41 +93,40 @@ def interpret(
 
     Args:
         model, vocabulary: what `load_run` gives.
-        sentences: to describe the codes by.
-        labels: of the sentences.
+        text: sentences to describe the codes by, and their labels.
         examples: sentences to show of each value, and to write.
         seed: of the other codes, and of z, in the sentences that are written.
         title: of the report.
 
     Raises:
-        ValueError: there is no sentence, a label is not given for each, or the model has no codes.
+        ValueError: there is no sentence, or the model has no codes.
     """
     if model.components == 1:
         raise ValueError("the model has no codes: it was trained with components=1")
-    q = code_probabilities(model, vocabulary, sentences)
-    given = labels or {}
-    one_hot = {}
-    for name, (names, values) in given.items():
-        if len(values) != len(sentences):
-            raise ValueError(f"labels: expected {len(sentences)} of {name}, got {len(values)}")
-        one_hot[name] = np.eye(len(names))[np.asarray(values)]
+    q = code_probabilities(model, vocabulary, text.sentences)
+    one_hot = {}  # of an unknown label all 0
+    for column, (name, names) in zip(text.labels.T, text.attributes.items(), strict=True):
+        one_hot[name] = (column[:, None] == np.arange(len(names))).astype(float)
     codes = []
     for variable in range(model.variables):
         for value in range(model.components):
             weight = q[:, variable, value].numpy()
-            total = max(float(weight.sum()), 1e-300)
             order = np.argsort(-weight, kind="stable")
-            shown = list(dict.fromkeys(sentences[i] for i in order[: 50 * examples]))[:examples]
-            distributions = {name: weight @ rows / total for name, rows in one_hot.items()}
+            shown = list(dict.fromkeys(text.sentences[i] for i in order[: 50 * examples]))[:examples]
+            distributions = {name: _distribution(weight @ rows) for name, rows in one_hot.items()}
             written = _written(model, vocabulary, variable, value, examples, seed)
             codes.append(Code(variable, value, float(weight.mean()), shown, written, distributions))
     return Interpretation(
         codes,
         code_information(q).tolist(),
-        {name: list(names) for name, (names, _) in given.items()},
-        {name: rows.mean(0) for name, rows in one_hot.items()},
+        {name: list(names) for name, names in text.attributes.items()},
+        {name: _distribution(rows.sum(0)) for name, rows in one_hot.items()},
         title,
     )
+
+
+def _distribution(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    return weights / max(float(weights.sum()), 1e-300)
 
 
 def _written(model: MixtureVAE, vocabulary: Vocabulary, variable: int, value: int, count: int, seed: int) -> list[str]:

@@ -2,25 +2,72 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from fastvae.data import TextCorpus, Vocabulary
+from fastvae.data.labeled import LabeledCorpus, collate_labeled, load_labeled
 from fastvae.models import MixtureVAE
+from fastvae.training.batches import ordered_batches
 from fastvae.training.config import MixtureConfig
+from fastvae.training.datamodule import RunDataModule, TextDataModule
 from fastvae.training.metrics import perplexity
 from fastvae.training.mixture_metrics import code_entropy
 from fastvae.training.module import TextModule, shared_arguments
 
 if TYPE_CHECKING:
     from fastvae.data import TextBatch
-    from fastvae.training.datamodule import TextDataModule
+    from fastvae.data.labeled import LabeledBatch
 
 _SETTINGS = (
     *("variables", "components", "latent_dim", "beta", "mutual_information_weight", "num_samples", "temperature"),
     *("embed_dim", "hidden_size", "num_layers", "word_dropout", "dropout", "tie_weights", "share_embedding"),
 )
+
+
+class MixtureDataModule(TextDataModule):
+    """Training and validation batches of sentences, with their attributes where these teach the codes.
+
+    Args:
+        config: settings of the run.
+        vocabulary, start_epoch, start_batch: as in `TextDataModule`.
+
+    Raises:
+        ValueError, FileNotFoundError: as `TextDataModule` and `load_labeled`; an attribute has more values than a code.
+    """
+
+    config: MixtureConfig
+
+    def __init__(self, config: MixtureConfig, vocabulary: Vocabulary | None = None, **where: int) -> None:
+        names = [name.strip() for name in config.supervision.split(",") if name.strip()]
+        if not names:
+            super().__init__(config, vocabulary, **where)
+            self._valid = self.valid
+            return
+        RunDataModule.__init__(self, **where)
+        self.config = config
+        train, valid = (load_labeled(config.data, split).only(names) for split in ("train", "valid"))
+        if len(names) > config.variables:
+            raise ValueError(f"supervision: expected at most {config.variables} attributes, got {config.supervision}")
+        for name, values in train.attributes.items():
+            if len(values) > config.components:
+                raise ValueError(f"supervision: {name} has {len(values)} values, and a code {config.components}")
+        self.vocabulary = vocabulary or Vocabulary.build(
+            train.sentences, max_size=config.vocab_size, min_count=config.min_count
+        )
+        longest = config.max_length + 2 if config.max_length else None  # <s> and </s> count
+        self.collate = collate_labeled
+        self._train = LabeledCorpus(train, self.vocabulary, longest)
+        self._valid = LabeledCorpus(valid, self.vocabulary)
+        self.valid = TextCorpus(valid.sentences, self.vocabulary)
+        self._sampler()
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the validation batches: every sentence once, over all processes."""
+        return ordered_batches(self._valid, self.config.batch_size, self.collate)
 
 
 class MixtureVAEModule(TextModule):
@@ -50,9 +97,18 @@ class MixtureVAEModule(TextModule):
         """Sums of nll, kl, dispersion, log q(c|x) under q, tokens, q(c|x) of each code's value, and sentences."""
         return 6 + self.model.variables * self.model.components
 
-    def losses(self, batch: TextBatch, kl_weight: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def losses(
+        self, batch: TextBatch | LabeledBatch, kl_weight: float, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the loss and the sums."""
-        output = self.model(batch.tokens, batch.lengths, kl_weight=kl_weight, generator=generator)
+        output = self.model(
+            batch.tokens,
+            batch.lengths,
+            labels=getattr(batch, "attributes", None),
+            supervision_weight=self.config.supervision_weight,
+            kl_weight=kl_weight,
+            generator=generator,
+        )
         with torch.no_grad():
             log_q = output.logits.double().log_softmax(-1)
             q = log_q.exp()

@@ -34,6 +34,7 @@ TEXT_MODELS = {
     "mixture_vae": TextModel(
         "fastvae.models:MixtureVAE",
         "fastvae.training.mixture_module:MixtureVAEModule",
+        data="fastvae.training.mixture_module:MixtureDataModule",
         report="fastvae.training.mixture_metrics:report_mixture",
     ),
     "dialogue": TextModel(

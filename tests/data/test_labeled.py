@@ -72,7 +72,7 @@ def test_damaged_tables_are_told(tmp_path, text, message):
 def test_too_few_sentences_and_missing_files(tmp_path, table):
     with pytest.raises(ValueError, match="split must be one of"):
         load_labeled(table, "dev")
-    with pytest.raises(FileNotFoundError, match="not one of the names assistant, sst2"):
+    with pytest.raises(FileNotFoundError, match="not one of the names assistant, dailydialog, smd, sst2"):
         load_labeled(tmp_path / "nowhere.tsv")
     table.write_text("mood\ttext\ngood\tyes\nbad\tno\n")
     with pytest.raises(ValueError, match="2 sentences are too few"):

@@ -1,6 +1,7 @@
 """Runs of `DialogueModel`: training over a run of `MixtureVAE`, what is measured, the commands."""
 
 import csv
+import itertools
 import json
 
 import pytest
@@ -56,18 +57,23 @@ def test_a_run_learns_to_answer(runs):
     assert figures.bleu > 50
     assert 0 <= figures.obeyed <= 1
     text = (result.folder / "samples.txt").read_text()
-    assert text.count("->") == 5 * 8
+    assert text.count("->") >= 8
 
 
 def test_answers_are_of_the_actions(runs):
     result, _ = runs
     model, vocabulary, _ = load_run(result.folder)
-    likeliest = answer(model, vocabulary, ["where is the bank"], count=9)
-    assert sum(one.probability for one in likeliest) == pytest.approx(1.0)
-    assert [one.probability for one in likeliest] == sorted((one.probability for one in likeliest), reverse=True)
-    chosen = answer(model, vocabulary, ["where is the bank"], codes=[likeliest[3].codes])[0]
-    assert chosen.text == likeliest[3].text
-    assert chosen.probability == pytest.approx(likeliest[3].probability, rel=1e-4)
+    every = list(itertools.product(range(3), repeat=2))
+    each = answer(model, vocabulary, ["where is the bank"], codes=every)
+    assert [one.codes for one in each] == every
+    assert sum(one.probability for one in each) == pytest.approx(1.0)
+    different = answer(model, vocabulary, ["where is the bank"], count=9)
+    assert len({one.text for one in different}) == len(different) == len({one.text for one in each})
+    for one in different:
+        same = [other for other in each if other.text == one.text]
+        assert one.probability == pytest.approx(sum(other.probability for other in same), rel=1e-4)
+        assert one.codes == max(same, key=lambda other: other.probability).codes
+    assert answer(model, vocabulary, ["where is the bank"], count=1) == different[:1]
     with pytest.raises(ValueError, match="codes: expected values"):
         answer(model, vocabulary, ["where"], codes=[(0, 3)])
     with pytest.raises(ValueError, match="context must be utterances"):
@@ -81,7 +87,7 @@ def test_commands(runs, capsys):
     assert "obeyed" in capsys.readouterr().out
     assert main(["respond", folder, "hello there", "where is the park", "-n", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
+    assert 1 <= len(lines) <= 3
     assert main(["respond", folder, "where is the park", "--codes", "0-2", "1-1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["0-2", "1-1"]

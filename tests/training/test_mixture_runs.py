@@ -1,18 +1,21 @@
 """Runs of `MixtureVAE`: training, what is measured, the command."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from sklearn.metrics import mutual_info_score
 
 from fastvae.cli import main
 from fastvae.data import TextCorpus, Vocabulary, collate
+from fastvae.data.labeled import LabeledText
 from fastvae.models import MixtureVAE
 from fastvae.models.mixture_vae import KINDS
 from fastvae.training.checkpoint import load_run
 from fastvae.training.config import CHOICES, MixtureConfig
-from fastvae.training.interpret import draw, interpret, table, write_html
+from fastvae.training.interpret import draw, interpret, labeled_text, table, write_html
 from fastvae.training.metrics_file import read_metrics
 from fastvae.training.mixture_metrics import code_information, code_probabilities, evaluate_mixture
 from fastvae.training.mixture_module import MixtureVAEModule
@@ -132,7 +135,10 @@ def test_interpretation_of_codes_that_are_known(sentences, tmp_path):
 
     torch.manual_seed(0)
     model = Known(len(vocabulary), variables=1, components=3, embed_dim=8, hidden_size=8).eval()
-    found = interpret(model, vocabulary, sentences, {"verb": (verbs, values)}, examples=2, title="a < b")
+    labels = np.array(values)[:, None]
+    labels[:3] = -1  # some are unknown
+    text = LabeledText(sentences, labels, {"verb": tuple(verbs)})
+    found = interpret(model, vocabulary, text, examples=2, title="a < b")
     for code in found.codes:
         assert code.share == pytest.approx(values.count(code.value) / len(values))
         assert code.labels["verb"].tolist() == pytest.approx([float(code.value == verb) for verb in range(3)])
@@ -146,8 +152,6 @@ def test_interpretation_of_codes_that_are_known(sentences, tmp_path):
     assert "a &lt; b" in page
     assert page.count("<tr>") == 4
     assert "data:image/png;base64,iVBOR" in page
-    with pytest.raises(ValueError, match="labels: expected 160 of verb, got 1"):
-        interpret(model, vocabulary, sentences, {"verb": (verbs, [0])})
 
 
 def test_command_interpret(mixture, tmp_path, capsys):
@@ -163,3 +167,27 @@ def test_command_interpret(mixture, tmp_path, capsys):
     plain = train(mixture(epochs=1, kind="vae", out=str(tmp_path / "vae")))
     assert main(["interpret", str(plain.folder)]) == 2
     assert "no codes" in capsys.readouterr().err
+
+
+def test_codes_are_taught_by_labels(tmp_path):
+    """The first code learns the verb of a table of sentences, whatever it would be of itself."""
+    draw = random.Random(0)
+    rows = [(draw.choice(("likes", "sees", "calls")), draw.choice("abcd"), draw.choice("efgh")) for _ in range(200)]
+    lines = [f"{'?' if i % 5 == 0 else verb}\t{who} {verb} {whom}" for i, (verb, who, whom) in enumerate(rows)]
+    path = tmp_path / "table.tsv"
+    path.write_text("\n".join(["verb\ttext", *lines]) + "\n")
+    sizes = {"variables": 2, "components": 3, "latent_dim": 2, "embed_dim": 12, "hidden_size": 16}
+    config = MixtureConfig(
+        data=str(path), out=str(tmp_path / "run"), kind="dcm_vae", supervision="verb", supervision_weight=5.0,
+        batch_size=16, epochs=6, lr=2e-2, accelerator="cpu", **sizes
+    )  # fmt: skip
+    result = train(config)
+    model, vocabulary, _ = load_run(result.folder, which="last")
+    text = labeled_text(str(path), "valid")
+    codes = code_probabilities(model, vocabulary, text.sentences).argmax(-1)[:, 0].numpy()
+    known = text.labels[:, 0] >= 0
+    assert (codes == text.labels[:, 0])[known].all()
+    with pytest.raises(ValueError, match="supervision: verb has 3 values, and a code 2"):
+        train(MixtureConfig(**config.to_dict() | {"components": 2, "out": str(tmp_path / "few")}))
+    with pytest.raises(ValueError, match="attributes must be of verb, got 'noun'"):
+        train(MixtureConfig(**config.to_dict() | {"supervision": "noun", "out": str(tmp_path / "none")}))
