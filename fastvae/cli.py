@@ -269,6 +269,9 @@ def _parsers(model: str = TrainConfig.model) -> tuple[_Parser, dict[str, _Parser
     summary = "tell what the codes of a mixture_vae stand for"
     _add_interpret(add("interpret", _interpret, summary, _INTERPRET_HELP))
     _add_respond(add("respond", _respond, "answer what was said, by several actions", _RESPOND_HELP))
+    _add_arithmetic(add("arithmetic", _arithmetic, "add and subtract sentences in latent space", _ARITHMETIC_HELP))
+    _add_nearest(add("nearest", _nearest, "find the sentences nearest in latent space", _NEAREST_HELP))
+    _add_map(add("map", _map, "draw a map of sentences in latent space", _MAP_HELP))
     _add_export(add("export", _export, "write a trained decoder as ONNX models", _EXPORT_HELP))
     _add_dictionary(add("dictionary", _dictionary, "learn a dictionary for sparse coding", _DICTIONARY_HELP))
     add("info", _info, "show versions, and what computes each operation here", _INFO_HELP)
@@ -889,6 +892,129 @@ def _respond(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# arithmetic, nearest, map
+
+_ARITHMETIC_HELP = """\
+examples:
+  fastvae arithmetic run "play some jazz" - "play" + "stop"
+  fastvae arithmetic run "call my sister" + "play some jazz" --strategy beam
+
+Prints the sentence written from the sum of the latent means, greedily unless told otherwise.
+"""
+_NEAREST_HELP = """\
+examples:
+  fastvae nearest run "play some jazz in the kitchen"
+  fastvae nearest run "play some jazz" --data other.txt --metric cosine -n 20
+
+Prints the distance between the posterior means, and the sentence, nearest first.
+"""
+_MAP_HELP = """\
+examples:
+  fastvae map run                                     by PCA, coloured by length
+  fastvae map run --color intent --method tsne        of a run on assistant, which has labels intent and sentiment
+  fastvae map run --data mine.txt --color labels.txt  a label a line, one for each sentence
+
+Labels by name: act and emotion of dailydialog, intent of smd, sentiment of sst2.
+"""
+
+
+def _add_corpus(parser: _Parser, split: str) -> None:
+    parser.add_argument("--data", metavar="NAME|PATH", help="sentences to choose from [the run's data]")
+    parser.add_argument(
+        "--split", choices=("train", "valid", "test", "all"), help=f"part of it [{split}; all of a new file]"
+    )
+
+
+def _corpus(arguments: argparse.Namespace, config: dict[str, Any], split: str) -> tuple[str, str, list[str]]:
+    """Return the name, the part and the sentences that the arguments ask for."""
+    from pathlib import Path
+
+    from fastvae.data import load_text
+
+    data = arguments.data or config["data"]
+    part = arguments.split or ("all" if arguments.data and Path(data).is_file() else split)
+    return data, part, load_text(data, part)
+
+
+def _add_arithmetic(parser: _Parser) -> None:
+    _add_run(parser)
+    parser.add_argument("terms", nargs="+", metavar="SENTENCE [+|- SENTENCE]", help="sentences with + or - between")
+    _add_decoding(parser, "greedy")
+
+
+def _arithmetic(arguments: argparse.Namespace) -> int:
+    from fastvae.training.latent import combine_sentences
+
+    sentences, signs = arguments.terms[::2], ["+", *arguments.terms[1::2]]
+    if len(sentences) != len(signs) or any(sign not in ("+", "-") for sign in signs):
+        raise ValueError(f"expected SENTENCE + SENTENCE - SENTENCE ..., got {' '.join(map(repr, arguments.terms))}")
+    model, vocabulary = _load_text(arguments)
+    terms = [(1.0 if sign == "+" else -1.0, sentence) for sign, sentence in zip(signs, sentences, strict=True)]
+    print(combine_sentences(model, vocabulary, terms, seed=arguments.seed, **_decoding(arguments)))
+    return 0
+
+
+def _add_nearest(parser: _Parser) -> None:
+    _add_run(parser)
+    parser.add_argument("sentence", metavar="SENTENCE", help="where to look")
+    _add_corpus(parser, "train")
+    parser.add_argument("-n", "--count", type=int, default=10, metavar="INT", help="most sentences [10]")
+    parser.add_argument("--metric", choices=("euclidean", "cosine"), default="euclidean", help="[euclidean]")
+
+
+def _nearest(arguments: argparse.Namespace) -> int:
+    from fastvae.training.latent import nearest_sentences
+
+    loaded = _load(arguments)
+    model, vocabulary = _sentence_vae(arguments, loaded)
+    _, _, sentences = _corpus(arguments, loaded[2], "train")
+    found = nearest_sentences(
+        model, vocabulary, arguments.sentence, sentences, arguments.count, metric=arguments.metric
+    )
+    for distance, sentence in found:
+        print(f"{distance:9.4f}  {sentence}")
+    return 0
+
+
+def _add_map(parser: _Parser) -> None:
+    _add_run(parser)
+    _add_corpus(parser, "test")
+    parser.add_argument("--color", default="length", metavar="LABELS", help="length, labels by name or a file [length]")
+    parser.add_argument("--method", choices=("pca", "tsne"), default="pca", help="how z becomes a plane [pca]")
+    parser.add_argument("-n", "--count", type=int, default=2000, metavar="INT", help="most sentences [2000]")
+    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of t-SNE [0]")
+    parser.add_argument("--out", metavar="FILE", help="PNG to write [RUN/map.png]")
+
+
+def _map(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fastvae.training.latent import labelled_sentences, latent_means, plot_map, project
+
+    if arguments.count < 2:
+        raise ValueError(f"--count must be at least 2, got {arguments.count}")
+    loaded = _load(arguments)
+    model, vocabulary = _sentence_vae(arguments, loaded)
+    data, split, sentences = _corpus(arguments, loaded[2], "test")
+    labels: list[str] | None = None
+    if arguments.color != "length":
+        sentences, labels = labelled_sentences(data, split, arguments.color)
+    step = max(1, -(-len(sentences) // arguments.count))  # evenly over the corpus
+    shown = sentences[::step]
+    points, axes = project(latent_means(model, vocabulary, shown), arguments.method, seed=arguments.seed)
+    out = Path(arguments.out or Path(arguments.folder) / "map.png")
+    plot_map(
+        points,
+        out,
+        axes=axes,
+        labels=labels[::step] if labels else None,
+        lengths=[len(sentence.split()) for sentence in shown],
+        title=f"{data} ({split}): {len(shown):,} sentences, by {Path(arguments.color).name}",
+    )
+    print(f"written to {out}")
+    return 0
+
+
 # export
 
 _EXPORT_HELP = """\
@@ -927,9 +1053,13 @@ def _load(arguments: argparse.Namespace) -> _Loaded:
 
 
 def _load_text(arguments: argparse.Namespace) -> tuple[SentenceVAE, Vocabulary]:
+    return _sentence_vae(arguments, _load(arguments))
+
+
+def _sentence_vae(arguments: argparse.Namespace, loaded: _Loaded) -> tuple[SentenceVAE, Vocabulary]:
     from fastvae.models import SentenceVAE
 
-    model, vocabulary, config = _load(arguments)
+    model, vocabulary, config = loaded
     if not isinstance(model, SentenceVAE):
         command, name = arguments.command, config["model"]
         raise ValueError(f"{command} is for runs of sentence_vae, and {arguments.folder} is one of {name}")

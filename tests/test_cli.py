@@ -286,6 +286,34 @@ def test_interpolate_begins_and_ends_at_the_reconstructions(run_folder, capsys):
     assert "steps" in fails(capsys, "interpolate", str(run_folder), *ends, "--steps", "1")
 
 
+def test_arithmetic_nearest_and_map(run_folder, text_file, tmp_path, capsys):
+    run = str(run_folder)
+    assert main(["reconstruct", run, "play song later"]) == 0
+    assert main(["arithmetic", run, "play song", "-", "play song", "+", "play song later"]) == 0
+    again, written = capsys.readouterr().out.splitlines()
+    assert written == again
+    for terms in (["play", "song", "now"], ["play", "+"], ["+", "play", "song"]):
+        assert "expected SENTENCE + SENTENCE" in fails(capsys, "arithmetic", run, *terms)
+
+    assert main(["nearest", run, "play song now", "-n", "2"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split() == ["0.0000", "play", "song", "now"]
+    assert float(second.split()[0]) > 0
+
+    pytest.importorskip("matplotlib")
+    assert main(["map", run, "--split", "train"]) == 0
+    assert "written to" in capsys.readouterr().out
+    assert (run_folder / "map.png").read_bytes().startswith(b"\x89PNG")
+    labels, out = tmp_path / "labels.txt", tmp_path / "own.png"
+    labels.write_text("a\nb\nc\n" * 20)
+    options = ["--data", str(text_file), "--color", str(labels), "--method", "tsne", "-n", "30", "--out", str(out)]
+    assert main(["map", run, *options]) == 0
+    assert str(out) in capsys.readouterr().out
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert "no labels 'mood'" in fails(capsys, "map", run, "--color", "mood")
+    assert "--count must be at least 2, got 1" in fails(capsys, "map", run, "-n", "1")
+
+
 def test_export_writes_models_and_their_words(run_folder, capsys, monkeypatch):
     pytest.importorskip("onnxscript")
     assert main(["export", str(run_folder)]) == 0

@@ -143,20 +143,20 @@ def plot_latent_map(model: ArrayModel, samples: Samples, path: str | Path) -> No
                        if len(part)])  # fmt: skip
     names = ["z1", "z2"]
     if codes.size(1) != 2:
-        codes, shares = _principal(codes)
+        codes, shares = principal_components(codes)
         names = [
             f"principal component {n + 1} of z ({100 * share:.0f} % of its variance)" for n, share in enumerate(shares)
         ]
     points = codes.numpy()
     with figure_to(path, 1, 1, (7.5, 6.5)) as (axis,):
-        _scatter(axis, points, None if samples.labels is None else samples.labels[rows], samples.label_names)
+        scatter(axis, points, None if samples.labels is None else samples.labels[rows], samples.label_names)
         axis.set(xlabel=names[0], ylabel=names[1], title=f"{len(points):,} training rows in the latent space")
         if codes.size(1) == 2 and len(names[0]) == 2:
             axis.set_aspect("equal", "datalim")
         axis.grid(alpha=0.3)
 
 
-def _principal(codes: Tensor) -> tuple[Tensor, list[float]]:
+def principal_components(codes: Tensor) -> tuple[Tensor, list[float]]:
     """Project rows on their first two principal components; with the share of the variance that each has."""
     if codes.size(1) == 1:
         codes = torch.cat([codes, torch.zeros_like(codes)], 1)
@@ -168,7 +168,8 @@ def _principal(codes: Tensor) -> tuple[Tensor, list[float]]:
     return centred @ directions[:2].T, shares[:2].tolist()
 
 
-def _scatter(axis: Any, points: NDArray[Any], labels: NDArray[Any] | None, names: Sequence[str]) -> None:
+def scatter(axis: Any, points: NDArray[Any], labels: NDArray[Any] | None, names: Sequence[str]) -> None:
+    """Draw points, coloured by label, an index into at most 20 names; in one colour where there are more, or none."""
     size = float(np.clip(6000 / max(len(points), 1), 4, 30))
     if labels is None or len(names) > 20:  # more colours than the eye can tell apart
         axis.scatter(*points.T, s=size, color="tab:blue", alpha=0.6, linewidths=0)
