@@ -11,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastvae.data import Vocabulary, load_labeled, read_sentences
-from fastvae.data.labeled import LABELED
+from fastvae.data import Vocabulary, read_sentences
 from fastvae.models import SentenceVAE
 from fastvae.models.evidence import evaluating
-from fastvae.training.interpret import labelled_text
+from fastvae.training.interpret import labeled_text
 from fastvae.training.text import encode_sentences
 
 _CHUNK = 64  # sentences encoded together
@@ -123,18 +122,11 @@ def labelled_sentences(data: str, split: str, name: str) -> tuple[list[str], lis
         ValueError: there is no such label, or a file does not hold one for each sentence.
         FileNotFoundError: the corpus is missing.
     """
-    known: dict[str, tuple[Sequence[str], Sequence[int]]]
-    if data in LABELED:
-        text = load_labeled(data, split)
-        sentences = list(text.sentences)
-        columns = zip(text.attributes.items(), text.labels.T.tolist(), strict=True)
-        known = {label: (values, codes) for (label, values), codes in columns}
-    else:
-        sentences, labels = labelled_text(data, split)
-        known = dict(labels)
+    text = labeled_text(data, split)
+    sentences, known = list(text.sentences), text.attributes
     if name in known:
-        values, codes = known[name]
-        return sentences, [values[code] for code in codes]
+        codes = text.labels[:, list(known).index(name)].tolist()
+        return sentences, [known[name][code] if code >= 0 else "unknown" for code in codes]
     if not Path(name).is_file():
         has = f"{data} has {', '.join(known)}" if known else f"{data} has no labels of its own"
         raise ValueError(f"no labels {name!r}: {has}, and there is no such file")
