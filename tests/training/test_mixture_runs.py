@@ -173,13 +173,13 @@ def test_codes_are_taught_by_labels(tmp_path):
     """The first code learns the verb of a table of sentences, whatever it would be of itself."""
     draw = random.Random(0)
     rows = [(draw.choice(("likes", "sees", "calls")), draw.choice("abcd"), draw.choice("efgh")) for _ in range(200)]
-    lines = [f"{'?' if i % 5 == 0 else verb}\t{who} {verb} {whom}" for i, (verb, who, whom) in enumerate(rows)]
+    lines = [f"{'?' if i % 5 == 0 else verb}\t{who} {whom} {verb}" for i, (verb, who, whom) in enumerate(rows)]
     path = tmp_path / "table.tsv"
     path.write_text("\n".join(["verb\ttext", *lines]) + "\n")
     sizes = {"variables": 2, "components": 3, "latent_dim": 2, "embed_dim": 12, "hidden_size": 16}
     config = MixtureConfig(
         data=str(path), out=str(tmp_path / "run"), kind="dcm_vae", supervision="verb", supervision_weight=5.0,
-        batch_size=16, epochs=6, lr=2e-2, accelerator="cpu", **sizes
+        batch_size=16, epochs=16, lr=2e-2, accelerator="cpu", **sizes
     )  # fmt: skip
     result = train(config)
     model, vocabulary, _ = load_run(result.folder, which="last")
