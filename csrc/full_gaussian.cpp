@@ -73,7 +73,8 @@ void forward(const FullGaussian &g, const GaussianOutputs &out) {
       m[i] = mu;
       diagonal[i] = half.exp;
       const C distance = limited(mu);
-      divergence[i] = C(0.5) * (distance * distance + (half.expm1 * (half.exp + C(1)) - log_var));  // as in gaussian.cpp
+      divergence[i] = C(0.5) *
+                      (distance * distance + (half.expm1 * (half.exp + C(1)) - log_var));  // as in gaussian.cpp
     }
     for (int64_t r = 0; r < rows; ++r) sums[r] = double(sum(divergence + r * latent, latent));
 

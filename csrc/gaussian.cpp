@@ -92,11 +92,11 @@ void forward(const Gaussian &g, const GaussianOutputs &out) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
           const C mu = load(mean[i]), lv = clamp(C(load(log_var[i])));
-          const C distance = limited((mu - prior_mean[i]) * exp(C(-0.5) * prior_log_var[i]));
-          const C ratio = lv - prior_log_var[i];
+          const C distance = mu - prior_mean[i], ratio = lv - prior_log_var[i];
+          const C square = distance * (distance * exp(-prior_log_var[i]));
           m[i] = mu;
           std_dev[i] = exp(C(0.5) * lv);
-          divergence[i] = C(0.5) * (distance * distance + (expm1(ratio) - ratio));
+          divergence[i] = C(0.5) * ((square > C(kSquareLimit) ? C(kSquareLimit) : square) + (expm1(ratio) - ratio));
         }
       }
 
@@ -190,14 +190,14 @@ void backward(const Gaussian &g, const GaussianGradients &grad) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
         const C mu = load(mean[i]), raw = load(log_var[i]), lv = clamp(raw);
-        const C inverse_std = exp(C(-0.5) * prior_log_var[i]);
-        const C distance = zero_beyond((mu - prior_mean[i]) * inverse_std);
-        const C ratio = expm1(lv - prior_log_var[i]), pull = weight[i] * distance * inverse_std;
+        const C given = mu - prior_mean[i], precision = exp(-prior_log_var[i]);
+        const C distance = given * (given * precision) > C(kSquareLimit) ? C(0) : given;
+        const C ratio = expm1(lv - prior_log_var[i]), pull = weight[i] * distance * precision;
         const C dlv = C(0.5) * (exp(C(0.5) * lv) * sum_noise[i] + weight[i] * ratio);
         store(grad_mean[i], sum_z[i] + pull);
         store(grad_log_var[i], clamped(raw) ? C(0) : dlv);
         prior_mean[i] = -pull;  // from here on the gradients of the prior
-        prior_log_var[i] = C(-0.5) * weight[i] * (distance * distance + ratio);
+        prior_log_var[i] = C(-0.5) * (distance * pull + weight[i] * ratio);
       }
       scatter(grad.grad_mean, grad.grad_stride, b, grad_mean);
       scatter(grad.grad_log_var, grad.grad_stride, b, grad_log_var);

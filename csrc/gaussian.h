@@ -12,6 +12,7 @@ constexpr int64_t kGrain = 8192;  // elements a thread should get at least: some
 // A distance from the prior's mean, in the prior's standard deviations, counts as at most this in a square: the sum of
 // millions of them then stays finite in float32. Beyond it has no gradient. In this order NaN stays NaN.
 constexpr double kDistanceLimit = 1e15;
+constexpr double kSquareLimit = kDistanceLimit * kDistanceLimit;
 template <typename C>
 FASTVAE_INLINE C limited(C x) {
   const C limit = C(kDistanceLimit);

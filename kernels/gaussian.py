@@ -223,8 +223,9 @@ def _gaussian_forward_kernel(
             prior = row[:, None] * prior_stride + column[None, :]
             prior_log_var = clamp_log_var(tl.load(prior_log_var_ptr + prior, mask=mask, other=0.0))
             distance = mean - tl.load(prior_mean_ptr + prior, mask=mask, other=0.0)
-            distance = limited(distance * tl.exp(-0.5 * prior_log_var))
-            kl = 0.5 * (distance * distance + exp_minus_one_minus_itself(log_var - prior_log_var))
+            square = distance * (distance * tl.exp(-prior_log_var))
+            square = tl.where(square > 1e30, 1e30, square)
+            kl = 0.5 * (square + exp_minus_one_minus_itself(log_var - prior_log_var))
         else:
             distance = limited(mean)
             kl = 0.5 * (distance * distance + exp_minus_one_minus_itself(log_var))
@@ -290,12 +291,13 @@ def _gaussian_backward_kernel(
             raw_prior_log_var = tl.load(prior_log_var_ptr + prior, mask=mask, other=0.0)
             prior_log_var = clamp_log_var(raw_prior_log_var)
             distance = mean - tl.load(prior_mean_ptr + prior, mask=mask, other=0.0)
-            inverse_std = tl.exp(-0.5 * prior_log_var)
-            distance = zero_beyond(distance * inverse_std)
+            precision = tl.exp(-prior_log_var)
+            distance = tl.where(distance * (distance * precision) > 1e30, 0.0, distance)
+            scaled = distance * precision
             excess = exp_minus_one(log_var - prior_log_var)
-            grad_mean = grad_kl * distance * inverse_std
+            grad_mean = grad_kl * scaled
             grad_log_var = 0.5 * grad_kl * excess
-            kl_to_prior_log_var = -0.5 * grad_kl * (excess + distance * distance)
+            kl_to_prior_log_var = -0.5 * grad_kl * (excess + distance * scaled)
             kl_to_prior_log_var = tl.where(outside(raw_prior_log_var), 0.0, kl_to_prior_log_var)
             if SHARED_PRIOR:
                 grad_prior_mean -= grad_mean

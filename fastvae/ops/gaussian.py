@@ -52,7 +52,7 @@ def reference_sample_kl(
     else:
         prior_log_var_ = prior_log_var.to(compute).clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT)
         ratio, distance = log_var_ - prior_log_var_, mean_ - prior_mean.to(compute)
-        kl = 0.5 * (limited_square(distance * torch.exp(-0.5 * prior_log_var_)) + torch.expm1(ratio) - ratio)
+        kl = 0.5 * (limited_square(distance, torch.exp(-prior_log_var_)) + torch.expm1(ratio) - ratio)
     return z.to(mean.dtype), kl.sum(-1) if sum_latent else kl
 
 
@@ -84,10 +84,11 @@ def reference_sample_kl_backward(
     return grads[0], grads[1], *prior
 
 
-def limited_square(distance: Tensor) -> Tensor:
-    """Square of `distance` clamped to [-1e15, 1e15], with no gradient outside; NaN stays, in the gradient too."""
-    beyond = distance.abs() > DISTANCE_LIMIT
-    return distance.masked_fill(beyond, 0).square().masked_fill(beyond, DISTANCE_LIMIT**2)
+def limited_square(distance: Tensor, precision: Tensor | float = 1.0) -> Tensor:
+    """Square of `distance` times `precision`, at most 1e30 and with no gradient beyond; NaN stays, there too."""
+    beyond = distance * (distance * precision) > DISTANCE_LIMIT**2
+    distance = distance.masked_fill(beyond, 0)
+    return (distance * (distance * precision)).masked_fill(beyond, DISTANCE_LIMIT**2)
 
 
 def z_shape(mean: Tensor, num_samples: int | None) -> tuple[int, ...]:
