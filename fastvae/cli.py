@@ -989,7 +989,7 @@ def _add_map(parser: _Parser) -> None:
 def _map(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from fastvae.training.latent import labelled_sentences, latent_means, plot_map, project
+    from fastvae.training.latent import labeled_sentences, latent_means, plot_map, project
 
     if arguments.count < 2:
         raise ValueError(f"--count must be at least 2, got {arguments.count}")
@@ -998,7 +998,7 @@ def _map(arguments: argparse.Namespace) -> int:
     data, split, sentences = _corpus(arguments, loaded[2], "test")
     labels: list[str] | None = None
     if arguments.color != "length":
-        sentences, labels = labelled_sentences(data, split, arguments.color)
+        sentences, labels = labeled_sentences(data, split, arguments.color)
     step = max(1, -(-len(sentences) // arguments.count))  # evenly over the corpus
     shown = sentences[::step]
     points, axes = project(latent_means(model, vocabulary, shown), arguments.method, seed=arguments.seed)

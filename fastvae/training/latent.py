@@ -110,7 +110,7 @@ def nearest_sentences(
     return [(float(distances[place]), different[place]) for place in nearest]
 
 
-def labelled_sentences(data: str, split: str, name: str) -> tuple[list[str], list[str]]:
+def labeled_sentences(data: str, split: str, name: str) -> tuple[list[str], list[str]]:
     """Give the sentences of a corpus and a label of each.
 
     Args:

@@ -7,7 +7,7 @@ from fastvae.data.assistant import SENTIMENTS, assistant_utterances
 from fastvae.models import SentenceVAE
 from fastvae.training.latent import (
     combine_sentences,
-    labelled_sentences,
+    labeled_sentences,
     latent_means,
     nearest_sentences,
     plot_map,
@@ -124,16 +124,16 @@ def test_a_map_has_the_colours_of_its_labels(tmp_path):
 
 def test_labels_belong_to_their_sentences(tmp_path, text_file):
     sentences = load_text("assistant", "test")
-    same, intents = labelled_sentences("assistant", "test", "intent")
+    same, intents = labeled_sentences("assistant", "test", "intent")
     assert same == sentences
     assert intents == [utterance.intent for utterance in assistant_utterances("test")]
-    assert set(labelled_sentences("assistant", "test", "sentiment")[1]) == set(SENTIMENTS)
+    assert set(labeled_sentences("assistant", "test", "sentiment")[1]) == set(SENTIMENTS)
     own = tmp_path / "labels.txt"
     own.write_text("x\ny\n" * 4)
-    assert labelled_sentences(str(text_file), "test", str(own))[1] == ["x", "y"] * 4
+    assert labeled_sentences(str(text_file), "test", str(own))[1] == ["x", "y"] * 4
     with pytest.raises(ValueError, match=r"holds 8 labels, but .* \(all\) has 160 sentences"):
-        labelled_sentences(str(text_file), "all", str(own))
+        labeled_sentences(str(text_file), "all", str(own))
     with pytest.raises(ValueError, match="no labels 'mood': assistant has sentiment, intent, and there is no"):
-        labelled_sentences("assistant", "test", "mood")
+        labeled_sentences("assistant", "test", "mood")
     with pytest.raises(ValueError, match="has no labels of its own"):
-        labelled_sentences(str(text_file), "test", "mood")
+        labeled_sentences(str(text_file), "test", "mood")
