@@ -13,7 +13,7 @@ from bench import FAMILIES
 from bench.interleave import OURS, PRODUCTS
 
 RESULTS = Path(__file__).parent / "results"
-PTB = RESULTS / "ptb_lstm_4_epochs.json"  # written by `fastvae evaluate`
+PTB = ("ptb_lstm", "ptb_lstm_active", "ptb_transformer", "ptb_lstm_4_epochs")  # settings; JSON by `fastvae evaluate`
 SPEED = RESULTS / "training.csv"  # written by `python -m bench.training`
 CONTROLLED = RESULTS / "sst2_controlled.json"  # written by `python -m bench.controlled`
 
@@ -183,16 +183,21 @@ def _memory(row: Row) -> str:
     return f"{_number(row['peak_mib'])} MiB"
 
 
-def penn_treebank(path: Path = PTB) -> str:
-    """Return the table of an evaluation's JSON."""
-    result = json.loads(path.read_text())
+def penn_treebank(folder: Path = RESULTS) -> str:
+    """Return the table of the runs on the Penn Treebank that were evaluated."""
     lines = [
-        "| sentences | -ELBO | NLL | KL | IW-NLL | PPL a word | active units |",
-        "|--:|--:|--:|--:|--:|--:|--:|",
-        f"| {result['split']}: {result['sentences']:,} | {result['neg_elbo']:.2f} | {result['nll']:.2f} "
-        f"| {result['kl']:.2f} | {result['iw_nll']:.2f} ({result['iw_samples']} samples) | {result['ppl']:.1f} "
-        f"| {result['active_units']} of {result['latent_dim']} |",
+        "| settings | -ELBO | NLL | KL | IW-NLL | PPL a word | active units |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
+    for name in PTB:
+        if not (folder / f"{name}.json").is_file():
+            continue
+        result = json.loads((folder / f"{name}.json").read_text())
+        lines.append(
+            f"| `{name}` | {result['neg_elbo']:.2f} | {result['nll']:.2f} | {result['kl']:.2f} "
+            f"| {result['iw_nll']:.2f} ({result['iw_samples']} samples) | {result['ppl']:.1f} "
+            f"| {result['active_units']} of {result['latent_dim']} |"
+        )
     return "\n".join(lines)
 
 
@@ -281,7 +286,7 @@ def renewed(text: str, folder: Path = RESULTS) -> str:
         "sparse": lambda: sparse_summary(rows),
         "vae": lambda: vae_summary(rows),
         "speed": lambda: speed_summary(folder / SPEED.name),
-        "ptb": lambda: penn_treebank(folder / PTB.name),
+        "ptb": lambda: penn_treebank(folder),
         "dailydialog_mixtures": lambda: mixtures(folder / "dailydialog_mixtures.json"),
         "ptb_mixtures": lambda: mixtures(folder / "ptb_mixtures.json"),
         "controlled": lambda: controlled(folder / CONTROLLED.name),

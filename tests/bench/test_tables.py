@@ -119,12 +119,12 @@ def test_products_alone_are_told_and_no_peer(folder: Path) -> None:
     figure.draw([*rows[:1], alone, *rows[1:]], folder / "ratios.png")
 
 
-def test_penn_treebank_is_read_from_the_evaluation(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
+def test_penn_treebank_is_read_from_the_evaluations_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "ptb_transformer.json"
     figures = {"neg_elbo": 110.126, "nll": 104.0, "kl": 6.126, "iw_nll": 108.5, "iw_samples": 100, "ppl": 120.04}
-    path.write_text(json.dumps(figures | {"split": "test", "sentences": 3761, "active_units": 7, "latent_dim": 32}))
-    row = tables.penn_treebank(path).splitlines()[-1]
-    assert row == "| test: 3,761 | 110.13 | 104.00 | 6.13 | 108.50 (100 samples) | 120.0 | 7 of 32 |"
+    path.write_text(json.dumps(figures | {"active_units": 7, "latent_dim": 32}))
+    _, _, row = tables.penn_treebank(tmp_path).splitlines()
+    assert row == "| `ptb_transformer` | 110.13 | 104.00 | 6.13 | 108.50 (100 samples) | 120.0 | 7 of 32 |"
 
 
 def test_controlled_generation_is_read_from_its_result(tmp_path: Path) -> None:
