@@ -398,7 +398,7 @@ examples:
   fastvae evaluate run                                the test part of the data the run was trained on
   fastvae evaluate run --split valid --iw-samples 500
   fastvae evaluate run --data other.txt --out other.json
-  fastvae evaluate run --reverse-samples 40000        with reverse PPL, which takes minutes
+  fastvae evaluate run --reverse-samples 40000        with reverse PPL, which trains a language model
   fastvae evaluate digits --iw-samples 500            a run on images
 
 -ELBO = NLL + KL with one sample of z a sentence, never weighted. The importance-weighted NLL is a tighter
@@ -431,7 +431,8 @@ def _add_evaluate(parser: _Parser) -> None:
         "--reverse-samples",
         type=int,
         metavar="N",
-        help="sentences drawn for reverse PPL and word-KL, about as many as were trained on; takes minutes [0: none]",
+        help="sentences drawn for reverse PPL and word-KL, about as many as were trained on; a language model learns "
+        "them for up to 10 epochs [0: none]",
     )
     parser.add_argument(
         "--batch-size", type=int, metavar="INT", help="sentences [32], or images or vectors [256], at a time"

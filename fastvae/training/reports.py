@@ -98,8 +98,8 @@ def measure_writing(
         sentences: to write again, and on which reverse PPL is measured.
         training_data: whose training part word_kl compares with; needed with `reverse_samples` alone.
         samples: sentences to draw for self-BLEU and distinct n-grams; 0 leaves them out.
-        reverse_samples: sentences to draw for reverse PPL and word-KL, on which a language model is trained for some
-            minutes; 0 leaves them out.
+        reverse_samples: sentences to draw for reverse PPL and word-KL, on which a language model is trained for
+            up to 10 epochs; 0 leaves them out.
         seed: of every draw.
 
     Returns:
