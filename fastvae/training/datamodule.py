@@ -93,12 +93,9 @@ class TextDataModule(RunDataModule):
     Raises:
         ValueError: a text has no sentence, or too few for a batch.
         FileNotFoundError: a text is missing.
-
-    Attributes:
-        collate: makes a batch of rows of the training or the validation corpus.
     """
 
-    collate: Callable[..., Any] = staticmethod(collate)
+    collate: Callable[..., Any] = staticmethod(collate)  # makes a batch of rows; other kinds of rows have their own
 
     def __init__(
         self,
