@@ -94,31 +94,12 @@ class ControlledTextVAE(Pretrained):
         eos_index: int = 3,
         unk_index: int = 1,
     ) -> None:
+        config: dict[str, Any] = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         if not attributes or any(len(values) < 2 for values in attributes.values()):
             raise ValueError(f"attributes: expected at least one, with at least 2 values each, got {dict(attributes)}")
-        self.config: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "attributes": {name: list(values) for name, values in attributes.items()},
-            "embed_dim": embed_dim,
-            "hidden_size": hidden_size,
-            "latent_dim": latent_dim,
-            "num_layers": num_layers,
-            "word_dropout": word_dropout,
-            "dropout": dropout,
-            "layer_dropout": layer_dropout,
-            "variational_dropout": variational_dropout,
-            "tie_weights": tie_weights,
-            "share_embedding": share_embedding,
-            "max_length": max_length,
-            "filters": filters,
-            "widths": list(widths),
-            "classifier_dropout": classifier_dropout,
-            "pad_index": pad_index,
-            "bos_index": bos_index,
-            "eos_index": eos_index,
-            "unk_index": unk_index,
-        }
+        attributes = {name: list(values) for name, values in attributes.items()}
+        self.config: dict[str, Any] = config | {"attributes": attributes, "widths": list(widths)}
         self.attributes: dict[str, list[str]] = self.config["attributes"]
         self.latent_dim = latent_dim
         self.max_length = max_length

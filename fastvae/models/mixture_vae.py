@@ -142,30 +142,9 @@ class MixtureVAE(Pretrained):
         eos_index: int = 3,
         unk_index: int = 1,
     ) -> None:
+        config: dict[str, Any] = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.config: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "variables": variables,
-            "components": components,
-            "latent_dim": latent_dim,
-            "family": family,
-            "prior": prior,
-            "beta": beta,
-            "mutual_information_weight": mutual_information_weight,
-            "num_samples": num_samples,
-            "temperature": temperature,
-            "embed_dim": embed_dim,
-            "hidden_size": hidden_size,
-            "num_layers": num_layers,
-            "word_dropout": word_dropout,
-            "dropout": dropout,
-            "tie_weights": tie_weights,
-            "share_embedding": share_embedding,
-            "pad_index": pad_index,
-            "bos_index": bos_index,
-            "eos_index": eos_index,
-            "unk_index": unk_index,
-        }
+        self.config = config
         self.variables, self.components, self.latent_dim = variables, components, latent_dim
         self.prior, self.beta, self.mutual_information_weight = prior, beta, mutual_information_weight
         self.num_samples, self.temperature = num_samples, temperature
