@@ -16,6 +16,7 @@ from fastvae.functional import (
     mixture_kl,
 )
 from fastvae.models.evidence import evaluating
+from fastvae.models.interpolation import latent_line
 from fastvae.models.pretrained import Pretrained
 from fastvae.nn import GaussianHead, LSTMDecoder, LSTMEncoder
 from fastvae.nn.sentences import checked_lengths
@@ -403,14 +404,7 @@ class MixtureVAE(Pretrained):
         Raises:
             ValueError: `steps` is below 2, or an end is not one sentence.
         """
-        if steps < 2:
-            raise ValueError(f"steps: expected at least 2 (both ends), got {steps}")
-        for name, sentence in (("a", a), ("b", b)):
-            if sentence.dim() not in (1, 2) or (sentence.dim() == 2 and sentence.size(0) != 1):
-                raise ValueError(f"{name}: expected one sentence, (time,), got shape {tuple(sentence.shape)}")
-        first, last = (self.posterior_mean(sentence.reshape(1, -1)) for sentence in (a, b))
-        fraction = torch.linspace(0, 1, steps, device=first.device, dtype=first.dtype).unsqueeze(1)
-        return self.decode(torch.lerp(first, last, fraction), **options)
+        return self.decode(latent_line(self.posterior_mean, a, b, steps), **options)
 
     @torch.no_grad()
     def posterior_mean(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastvae.functional import bag_of_words_loss
 from fastvae.models.evidence import check_free_bits, evaluating, free_bits_kl, importance_weighted_nll
+from fastvae.models.interpolation import latent_line
 from fastvae.models.pretrained import Pretrained
 from fastvae.nn import (
     BatchNormGaussianHead,
@@ -353,15 +354,7 @@ class SentenceVAE(Pretrained):
         Returns:
             As `decode`, with a batch of `steps`.
         """
-        if steps < 2:
-            raise ValueError(f"steps: expected at least 2 (both ends), got {steps}")
-        ends = []
-        for name, sentence in (("a", a), ("b", b)):
-            if sentence.dim() not in (1, 2) or (sentence.dim() == 2 and sentence.size(0) != 1):
-                raise ValueError(f"{name}: expected one sentence, (time,), got shape {tuple(sentence.shape)}")
-            ends.append(self._posterior_mean(sentence.reshape(1, -1), None))
-        fraction = torch.linspace(0, 1, steps, device=ends[0].device, dtype=ends[0].dtype).unsqueeze(1)
-        return self.decode(torch.lerp(ends[0], ends[1], fraction), **options)
+        return self.decode(latent_line(self._posterior_mean, a, b, steps), **options)
 
     @torch.no_grad()
     def importance_weighted_nll(
@@ -406,6 +399,6 @@ class SentenceVAE(Pretrained):
             return importance_weighted_nll(draw, num_samples, chunk)
 
     @torch.no_grad()
-    def _posterior_mean(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+    def _posterior_mean(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         with evaluating(self):
             return self.encode(tokens, lengths)[0]

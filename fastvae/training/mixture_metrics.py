@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvae.data import load_text
 from fastvae.models.evidence import evaluating
 from fastvae.training.metrics import Figures, TextFigures, perplexity
-from fastvae.training.reports import Rows, measure_writing, writing_rows
+from fastvae.training.reports import Rows, elbo_rows, measure_writing, title_of, writing_rows
 from fastvae.training.text import encode_sentences
 
 if TYPE_CHECKING:
@@ -177,9 +177,7 @@ def report_mixture(
     )
     each = " ".join(f"{value:.3f}" for value in result.mutual_information_per_code)
     rows = [
-        ("-ELBO", f"{result.neg_elbo:.4f}", "nats a sentence"),
-        ("  NLL", f"{result.nll:.4f}", ""),
-        ("  KL", f"{result.kl:.4f}", ""),
+        *elbo_rows(result, "a sentence"),
         ("    L_d", f"{result.dispersion:.4f}", "the dispersion of the components"),
         ("    KL of c", f"{result.code_kl:.4f}", ""),
         ("PPL", f"{result.ppl:.4f}", "a predicted token, from -ELBO"),
@@ -187,7 +185,7 @@ def report_mixture(
         ("codes", str(result.codes), "different rows of likeliest codes"),
         *writing_rows(result),
     ]
-    return result, f"{data} ({split}): {result.sentences:,} sentences, {result.tokens:,} predicted tokens", rows
+    return result, title_of(result), rows
 
 
 def _device(model: MixtureVAE) -> torch.device:

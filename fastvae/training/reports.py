@@ -14,6 +14,7 @@ from fastvae.training.text import reconstruct_sentences, sample_sentences
 if TYPE_CHECKING:
     from fastvae.data import Vocabulary
     from fastvae.models import SentenceVAE
+    from fastvae.training.mixture_metrics import MixtureEvaluation
 
 Rows = list[tuple[str, str, str]]  # name, value, unit
 _Text = TypeVar("_Text", bound=TextFigures)
@@ -61,7 +62,7 @@ def report_sentences(
     return result, title_of(result), sentence_rows(result)
 
 
-def title_of(result: Evaluation) -> str:
+def title_of(result: Evaluation | MixtureEvaluation) -> str:
     """Say what was measured."""
     return f"{result.data} ({result.split}): {result.sentences:,} sentences, {result.tokens:,} predicted tokens"
 
@@ -148,7 +149,7 @@ def writing_rows(result: TextFigures) -> Rows:
     return rows
 
 
-def elbo_rows(result: VAEFigures, unit: str) -> Rows:
+def elbo_rows(result: VAEFigures | MixtureEvaluation, unit: str) -> Rows:
     """Return the rows that the table of every VAE begins with."""
     return [
         ("-ELBO", f"{result.neg_elbo:.4f}", f"nats {unit}"),
