@@ -33,6 +33,9 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     for family in arguments.families or FAMILIES:
         rows, path = run_family(family, arguments.seconds, arguments.only), arguments.out / f"{family}.csv"
+        if not rows:
+            print(f"{family}: no case matches {arguments.only!r}", file=sys.stderr)
+            continue
         if arguments.only and path.exists():
             with path.open(newline="") as file:
                 rows = renewed(list(csv.DictReader(file)), rows)

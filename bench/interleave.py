@@ -59,7 +59,7 @@ def assert_close(contender: str, what: str, got: Tensor, expected: Tensor, toler
 
 
 def interleaved_times(
-    contenders: dict[str, Callable[[], Any]], seconds: float, least: int = 5, most: int = 60
+    contenders: dict[str, Callable[[], Any]], seconds: float, least: int = 5, most: int = 400
 ) -> dict[str, list[float]]:
     """Call the contenders in turns.
 

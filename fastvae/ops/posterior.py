@@ -19,6 +19,8 @@ from fastvae.ops.gaussian import LOG_VAR_LIMIT, gaussian_sample_kl
 
 _LOG_2_PI = math.log(2 * math.pi)
 _REFERENCE_ELEMENTS = 1 << 22  # of the reference's largest tensor
+_DRAWN_ELEMENTS = 1 << 18  # of z that are drawn at once where no gradient is wanted
+_STREAM = 0x5851F42D4C957F2D  # any large number: the seeds of two parts of z are this far apart
 _OWN_ELEMENTS = 1 << 15  # of the temporaries of each z's density under its own posterior
 
 
@@ -201,8 +203,8 @@ def mutual_information(
         mean: means of the posteriors, (N, latent), float32, float64, bfloat16 or float16.
         log_var: log of their variances, like `mean`; clamped to [-40, 40].
         generator: source of the seed, on the device of `mean`; torch's global one if None.
-        seed: int64 tensor (1,) on the device of `mean` to use instead of drawing one; the same seed gives the z that
-            :func:`gaussian_sample_kl` gives.
+        seed: int64 tensor (1,) on the device of `mean` to use instead of drawing one; with gradients, or for up to
+            2^18 numbers, it gives the z that :func:`gaussian_sample_kl` gives.
 
     Returns:
         mean_i [log q(z_i | x_i) - log q(z_i)] in nats, float32 (float64 for float64 input), (); 0 for no data.
@@ -217,14 +219,21 @@ def mutual_information(
         raise ValueError(f"mean: expected shape (N, latent), got {tuple(mean.shape)}")
     _check_log_var(mean, log_var)
     mean, log_var = (t.to(compute_dtype(mean)) for t in (mean, log_var))
-    z, _ = gaussian_sample_kl(mean, log_var, generator=generator, seed=seed)
-    # Both densities are those of z as it was rounded: what rounding does to one it does to the other.
-    ratio = _own_log_density(z, mean, log_var) - _Mixture.apply(z, mean, log_var)
-    return ratio.sum() / max(mean.shape[0], 1)
+    rows, latent = mean.shape
+    recorded = torch.is_grad_enabled() and (mean.requires_grad or log_var.requires_grad)
+    # Without gradients nobody needs the z of all data at once, which would be most of the memory.
+    chunk = max(1, rows if recorded else _DRAWN_ELEMENTS // max(1, latent))
+    total = mean.new_zeros(())
+    for part in zip(mean.split(chunk), log_var.split(chunk), strict=True):
+        z, _ = gaussian_sample_kl(*part, generator=generator, seed=seed)
+        # Both densities are those of z as it was rounded: what rounding does to one it does to the other.
+        total = total + (_own_log_density(z, *part) - _Mixture.apply(z, mean, log_var)).sum()
+        seed = None if seed is None else seed + _STREAM
+    return total / max(rows, 1)
 
 
 def _own_log_density(*operands: Tensor) -> Tensor:
-    # Some rows at a time: the temporaries of all would be most of what mutual_information needs.
+    # Some rows at a time: the temporaries of all would be as large as z.
     rows, latent = operands[0].shape
     chunk = max(1, _OWN_ELEMENTS // max(1, latent))
     if rows <= chunk:

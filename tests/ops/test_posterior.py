@@ -216,6 +216,19 @@ def test_information_against_a_plain_sum(dtype, backend, monkeypatch):
     assert ours.item() == pytest.approx(expected.item(), rel=1e-9 if dtype == torch.float64 else 1e-5)
 
 
+def test_information_without_gradients_draws_z_in_parts(backend, monkeypatch):
+    _, mean, log_var = operands((1, 300, 2), torch.float64)
+    whole = mutual_information(mean, log_var, seed=SEED)
+    monkeypatch.setattr(posterior, "_DRAWN_ELEMENTS", 256)  # 128 rows at a time
+    assert torch.equal(mutual_information(mean, log_var, seed=SEED), whole)  # gradients are recorded
+    mean, log_var = mean.detach(), log_var.detach()
+    parts = zip(mean.split(128), log_var.split(128), strict=True)
+    z = torch.cat([gaussian_sample_kl(*p, seed=SEED + i * posterior._STREAM)[0] for i, p in enumerate(parts)])
+    joint = Normal(mean, (log_var / 2).exp()).log_prob(z[:, None]).sum(-1)
+    expected = (joint.diagonal() - joint.logsumexp(1) + math.log(300)).mean()
+    assert mutual_information(mean, log_var, seed=SEED).item() == pytest.approx(expected.item(), rel=1e-9)
+
+
 def test_information_is_that_of_a_linear_gaussian_channel(backend):
     """q(z|x) = N(x, 1) with x ~ N(0, s^2): 1/2 log(1 + s^2) nats, far below log N."""
     torch.manual_seed(0)
