@@ -419,7 +419,6 @@ def _add_evaluate(parser: _Parser) -> None:
     parser.add_argument(
         "--iw-samples",
         type=int,
-        default=100,
         metavar="K",
         help="samples of z for the importance-weighted NLL, 0: none [100]",
     )
@@ -444,6 +443,7 @@ def _add_evaluate(parser: _Parser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from fastvae.training.reports import ReportOptions
     from fastvae.training.text_models import text_model
 
     for name in ("iw_samples", "samples", "reverse_samples"):
@@ -457,21 +457,25 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if parts is None:
         _refuse(arguments, ("samples", "reverse_samples"), "runs on text")
         return _evaluate_array(arguments, loaded)
+    _refuse(arguments, parts.lacks, "runs of models that have that figure")
     data = arguments.data or config["data"]
-    result, title, rows = parts.get("report")(
-        model,
-        vocabulary,
+    options = ReportOptions(
         data=data,
         split=arguments.split or ("all" if arguments.data and Path(data).is_file() else "test"),
         training_data=config["data"],
-        iw_samples=arguments.iw_samples,
+        iw_samples=_iw_samples(arguments),
         samples=1000 if arguments.samples is None else arguments.samples,
         reverse_samples=arguments.reverse_samples or 0,
         batch_size=arguments.batch_size or 32,
         seed=arguments.seed,
     )
+    result, title, rows = parts.get("report")(model, vocabulary, options)
     _show(title, rows)
     return _save_evaluation(arguments, result)
+
+
+def _iw_samples(arguments: argparse.Namespace) -> int:
+    return 100 if arguments.iw_samples is None else arguments.iw_samples
 
 
 def _show(title: str, rows: Sequence[tuple[str, str, str]]) -> None:
@@ -501,6 +505,7 @@ def _evaluate_array(arguments: argparse.Namespace, loaded: _Loaded) -> int:
     title = f"{data} ({split}): {len(samples):,} {row_kind(model.scaling)}, {model.scaling}"
     unit = "an image" if model.scaling.is_image else "a row"
     if not model.has_prior:
+        _refuse(arguments, ("iw_samples",), "runs of models with a prior")
         errors = evaluate_autoencoder(model, batches, **about)
         bernoulli = getattr(model.model, "likelihood", "") == "bernoulli"
         what = "Bernoulli NLL in nats" if bernoulli else "1/2 |x - reconstruction|^2"
@@ -511,7 +516,7 @@ def _evaluate_array(arguments: argparse.Namespace, loaded: _Loaded) -> int:
         ]
         _show(title, rows)
         return _save_evaluation(arguments, errors)
-    result = evaluate_array(model, batches, iw_samples=arguments.iw_samples, **about)
+    result = evaluate_array(model, batches, iw_samples=_iw_samples(arguments), **about)
     rows = elbo_rows(result, unit)
     if result.bits_per_dimension is not None:
         rows.append(("bits / number", f"{result.bits_per_dimension:.4f}", "from -ELBO"))

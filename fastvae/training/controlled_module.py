@@ -27,7 +27,7 @@ from fastvae.training.config import ControlledConfig
 from fastvae.training.datamodule import EpochLoader, RunDataModule, TextDataModule
 from fastvae.training.metrics import Evaluation, evaluate, perplexity
 from fastvae.training.module import TextModule, row_sums, shared_arguments
-from fastvae.training.reports import Rows, measure_writing, sentence_rows, title_of
+from fastvae.training.reports import ReportOptions, Rows, measure_writing, sentence_rows, title_of
 
 _OF_MODEL = (
     *("embed_dim", "hidden_size", "latent_dim", "num_layers", "word_dropout", "dropout", "layer_dropout"),
@@ -248,35 +248,19 @@ class ControlledEvaluation(Evaluation):
 
 
 def report_controlled(
-    model: ControlledTextVAE,
-    vocabulary: Vocabulary,
-    *,
-    data: str,
-    split: str,
-    training_data: str | None = None,
-    iw_samples: int = 0,
-    samples: int = 0,
-    reverse_samples: int = 0,
-    batch_size: int = 32,
-    seed: int = 0,
+    model: ControlledTextVAE, vocabulary: Vocabulary, options: ReportOptions
 ) -> tuple[ControlledEvaluation, str, Rows]:
     """Measure a `ControlledTextVAE` on the sentences of a split that are as short as those that it writes.
 
-    Args:
-        model, vocabulary: what `load_run` gives.
-        data, split: the sentences, as `load_labeled`.
-        training_data, iw_samples, samples, reverse_samples, seed: as `fastvae.training.reports.report_sentences`.
-        batch_size: sentences at a time.
-
-    Returns:
-        The figures, a title, and the rows of a table.
+    Arguments and result as `fastvae.training.reports.report_sentences`; the data are those of `load_labeled`.
     """
-    text = load_labeled(data, split).only(list(model.attributes)).up_to(model.max_length - 1)
+    data, seed, batch_size = options.data, options.seed, options.batch_size
+    text = load_labeled(data, options.split).only(list(model.attributes)).up_to(model.max_length - 1)
     for name, values in model.attributes.items():
         if list(text.attributes[name]) != values:
             raise ValueError(f"{data}: {name} has {', '.join(text.attributes[name])}, the model {', '.join(values)}")
     batches = ordered_batches(LabeledCorpus(text, vocabulary), batch_size, collate_labeled)
-    figures = evaluate(model, batches, iw_samples=iw_samples, seed=seed, data=data, split=split)
+    figures = evaluate(model, batches, iw_samples=options.iw_samples, **options.source)
     right, known, found, generated = _attributes_found(model, batches, batch_size, seed)
     names = list(model.attributes)
     result = ControlledEvaluation(
@@ -285,16 +269,7 @@ def report_controlled(
         control=dict(zip(names, (found / generated).tolist(), strict=True)),
         generated=generated,
     )
-    result = measure_writing(
-        result,
-        model,
-        vocabulary,
-        text.sentences,
-        training_data=training_data or data,
-        samples=samples,
-        reverse_samples=reverse_samples,
-        seed=seed,
-    )
+    result = measure_writing(result, model, vocabulary, text.sentences, seed=seed, **options.writing)
     rows = sentence_rows(result)
     rows += [(name, f"{100 * share:.1f} %", "found in these sentences") for name, share in result.accuracy.items()]
     rows += [

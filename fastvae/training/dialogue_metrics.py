@@ -15,7 +15,7 @@ from fastvae.models.evidence import evaluating
 from fastvae.training.batches import ordered_batches
 from fastvae.training.metrics import Figures, perplexity
 from fastvae.training.mixture_metrics import code_probabilities
-from fastvae.training.reports import Rows
+from fastvae.training.reports import ReportOptions, Rows
 from fastvae.training.text_metrics import bleu, distinct_n
 
 if TYPE_CHECKING:
@@ -179,19 +179,10 @@ def evaluate_dialogue(
     )
 
 
-def report_dialogue(
-    model: DialogueModel,
-    vocabulary: Vocabulary,
-    *,
-    data: str,
-    split: str,
-    batch_size: int = 32,
-    seed: int = 0,
-    **unused: Any,
-) -> tuple[Figures, str, Rows]:
+def report_dialogue(model: DialogueModel, vocabulary: Vocabulary, options: ReportOptions) -> tuple[Figures, str, Rows]:
     """Measure a `DialogueModel`; arguments and result as `fastvae.training.reports.report_sentences`."""
-    exchanges = load_exchanges(data, split)
-    result = evaluate_dialogue(model, vocabulary, exchanges, batch_size=batch_size, seed=seed, data=data, split=split)
+    exchanges = load_exchanges(options.data, options.split)
+    result = evaluate_dialogue(model, vocabulary, exchanges, batch_size=options.batch_size, **options.source)
     rows = [
         ("NLL", f"{result.nll:.4f}", "nats an answer, given its code"),
         ("PPL", f"{result.ppl:.4f}", "a predicted token"),
@@ -200,7 +191,8 @@ def report_dialogue(
         ("distinct-2", f"{result.distinct_2:.4f}", "of the policy's answers"),
         ("obeyed", f"{result.obeyed:.4f}", f"of the codes asked for; by chance {1 / model.vae.components:.2f}"),
     ]
-    return result, f"{data} ({split}): {result.exchanges:,} exchanges, {result.tokens:,} predicted tokens", rows
+    title = f"{result.data} ({result.split}): {result.exchanges:,} exchanges, {result.tokens:,} predicted tokens"
+    return result, title, rows
 
 
 def answers_text(

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvae.data import load_text
 from fastvae.models.evidence import evaluating
 from fastvae.training.metrics import Figures, TextFigures, perplexity
-from fastvae.training.reports import Rows, elbo_rows, measure_writing, title_of, writing_rows
+from fastvae.training.reports import ReportOptions, Rows, elbo_rows, measure_writing, title_of, writing_rows
 from fastvae.training.text import encode_sentences
 
 if TYPE_CHECKING:
@@ -146,35 +146,11 @@ def evaluate_mixture(
     return measure_writing(result, model, vocabulary, ordered, seed=seed, **writing)
 
 
-def report_mixture(
-    model: MixtureVAE,
-    vocabulary: Vocabulary,
-    *,
-    data: str,
-    split: str,
-    training_data: str | None = None,
-    iw_samples: int = 0,
-    samples: int = 0,
-    reverse_samples: int = 0,
-    batch_size: int = 32,
-    seed: int = 0,
-) -> tuple[Figures, str, Rows]:
-    """Measure a `MixtureVAE`; arguments and result as `fastvae.training.reports.report_sentences`.
-
-    It has no importance-weighted bound: `iw_samples` is not used.
-    """
-    result = evaluate_mixture(
-        model,
-        vocabulary,
-        load_text(data, split),
-        batch_size=batch_size,
-        seed=seed,
-        data=data,
-        split=split,
-        training_data=training_data or data,
-        samples=samples,
-        reverse_samples=reverse_samples,
-    )
+def report_mixture(model: MixtureVAE, vocabulary: Vocabulary, options: ReportOptions) -> tuple[Figures, str, Rows]:
+    """Measure a `MixtureVAE`; arguments and result as `fastvae.training.reports.report_sentences`."""
+    sentences, batch_size = load_text(options.data, options.split), options.batch_size
+    how = options.source | options.writing
+    result = evaluate_mixture(model, vocabulary, sentences, batch_size=batch_size, **how)
     each = " ".join(f"{value:.3f}" for value in result.mutual_information_per_code)
     rows = [
         *elbo_rows(result, "a sentence"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastvae.data import TextCorpus, load_text
@@ -20,45 +20,57 @@ Rows = list[tuple[str, str, str]]  # name, value, unit
 _Text = TypeVar("_Text", bound=TextFigures)
 
 
-def report_sentences(
-    model: SentenceVAE,
-    vocabulary: Vocabulary,
-    *,
-    data: str,
-    split: str,
-    training_data: str | None = None,
-    iw_samples: int = 0,
-    samples: int = 0,
-    reverse_samples: int = 0,
-    batch_size: int = 32,
-    seed: int = 0,
-) -> tuple[Figures, str, Rows]:
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """What to measure of a run on text; a model has no use for some of it (`TextModel.lacks`).
+
+    Args:
+        data, split: the text, as `load_text`.
+        training_data: what the model was trained on; `data` when None.
+        iw_samples: of the importance-weighted bound; 0 leaves it out.
+        samples, reverse_samples: as `measure_writing`.
+        batch_size: sentences at a time.
+        seed: of every draw.
+    """
+
+    data: str
+    split: str
+    training_data: str | None = None
+    iw_samples: int = 0
+    samples: int = 0
+    reverse_samples: int = 0
+    batch_size: int = 32
+    seed: int = 0
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """The arguments that every measurement takes."""
+        return {"seed": self.seed, "data": self.data, "split": self.split}
+
+    @property
+    def writing(self) -> dict[str, Any]:
+        """The arguments of `measure_writing`, the seed left out."""
+        return {
+            "training_data": self.training_data or self.data,
+            "samples": self.samples,
+            "reverse_samples": self.reverse_samples,
+        }
+
+
+def report_sentences(model: SentenceVAE, vocabulary: Vocabulary, options: ReportOptions) -> tuple[Figures, str, Rows]:
     """Measure a sentence VAE.
 
     Args:
         model, vocabulary: what `load_run` gives.
-        data, split: the sentences, as `load_text`.
-        training_data: what the model was trained on; `data` when None.
-        iw_samples, seed: as `evaluate`.
-        samples, reverse_samples: as `measure_writing`.
-        batch_size: sentences at a time.
+        options: on what, and how much of it.
 
     Returns:
         The figures, a title, and the rows of a table.
     """
-    sentences = load_text(data, split)
-    batches = ordered_batches(TextCorpus(sentences, vocabulary), batch_size)
-    result = evaluate(model, batches, iw_samples=iw_samples, seed=seed, data=data, split=split)
-    result = measure_writing(
-        result,
-        model,
-        vocabulary,
-        sentences,
-        training_data=training_data or data,
-        samples=samples,
-        reverse_samples=reverse_samples,
-        seed=seed,
-    )
+    sentences = load_text(options.data, options.split)
+    batches = ordered_batches(TextCorpus(sentences, vocabulary), options.batch_size)
+    result = evaluate(model, batches, iw_samples=options.iw_samples, **options.source)
+    result = measure_writing(result, model, vocabulary, sentences, seed=options.seed, **options.writing)
     return result, title_of(result), sentence_rows(result)
 
 

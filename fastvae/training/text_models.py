@@ -14,6 +14,7 @@ class TextModel(NamedTuple):
         module: the Lightning module that trains it, a `TextModule`.
         data: the Lightning data module of its runs, a `TextDataModule`.
         report: measures it for `fastvae evaluate`, a function like `fastvae.training.reports.report_sentences`.
+        lacks: options of `fastvae.training.reports.ReportOptions` that it has no use for.
         samples: text for samples.txt, a function like `fastvae.training.run.samples_text`.
     """
 
@@ -21,6 +22,7 @@ class TextModel(NamedTuple):
     module: str
     data: str = "fastvae.training.datamodule:TextDataModule"
     report: str = "fastvae.training.reports:report_sentences"
+    lacks: tuple[str, ...] = ()
     samples: str = "fastvae.training.run:samples_text"
 
     def get(self, part: str) -> Any:
@@ -36,19 +38,21 @@ TEXT_MODELS = {
         "fastvae.training.mixture_module:MixtureVAEModule",
         data="fastvae.training.mixture_module:MixtureDataModule",
         report="fastvae.training.mixture_metrics:report_mixture",
+        lacks=("iw_samples",),
     ),
     "dialogue": TextModel(
         "fastvae.models:DialogueModel",
         "fastvae.training.dialogue_module:DialogueModule",
         data="fastvae.training.dialogue_module:DialogueDataModule",
         report="fastvae.training.dialogue_metrics:report_dialogue",
+        lacks=("iw_samples", "samples", "reverse_samples"),
         samples="fastvae.training.dialogue_metrics:answers_text",
     ),
     "controlled_vae": TextModel(
         "fastvae.models:ControlledTextVAE",
         "fastvae.training.controlled_module:ControlledModule",
-        "fastvae.training.controlled_module:LabeledDataModule",
-        "fastvae.training.controlled_module:report_controlled",
+        data="fastvae.training.controlled_module:LabeledDataModule",
+        report="fastvae.training.controlled_module:report_controlled",
     ),
 }
 

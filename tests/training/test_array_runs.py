@@ -545,6 +545,9 @@ def test_commands_that_make_no_sense_say_so(vae_run, capsys, settings, tmp_path)
     config = settings("linear_autoencoder", epochs=1)
     train(config)
     assert "without a prior cannot be sampled from" in fails(capsys, "sample", config.out)
+    assert "--iw-samples is for runs of models with a prior" in fails(
+        capsys, "evaluate", config.out, "--iw-samples", "5"
+    )
     assert main(["evaluate", config.out]) == 0
     assert "explained" in capsys.readouterr().out
 

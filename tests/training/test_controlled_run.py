@@ -16,6 +16,7 @@ from fastvae.training.config import ControlledConfig
 from fastvae.training.controlled_module import ControlledModule, LabeledDataModule, report_controlled
 from fastvae.training.metrics_file import read_metrics
 from fastvae.training.module import NonFiniteLossError
+from fastvae.training.reports import ReportOptions
 from fastvae.training.run import train
 from fastvae.training.text import sample_sentences
 
@@ -181,7 +182,9 @@ def test_a_term_that_is_not_finite_is_named(table, tmp_path, monkeypatch):
 
 def test_what_is_reported_of_a_run(whole_run):
     model, vocabulary, config = load_run(whole_run.out)
-    result, title, rows = report_controlled(model, vocabulary, data=config["data"], split="test", iw_samples=3)
+    result, title, rows = report_controlled(
+        model, vocabulary, ReportOptions(data=config["data"], split="test", iw_samples=3)
+    )
     short = [text for text in load_labeled(config["data"], "test").sentences if len(text.split()) <= 4]
     assert 0 < len(short) < 8
     assert result.sentences == len(short)
@@ -189,7 +192,7 @@ def test_what_is_reported_of_a_run(whole_run):
     assert 0 <= result.control["mood"] <= 1
     assert result.iw_nll < result.neg_elbo + 1
     assert [name for name, _, _ in rows][-2:] == ["mood", "mood"]
-    again, *_ = report_controlled(model, vocabulary, data=config["data"], split="test", iw_samples=3)
+    again, *_ = report_controlled(model, vocabulary, ReportOptions(data=config["data"], split="test", iw_samples=3))
     assert again == result
 
 

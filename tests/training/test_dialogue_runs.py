@@ -85,6 +85,8 @@ def test_commands(runs, capsys):
     folder = str(result.folder)
     assert main(["evaluate", folder]) == 0
     assert "obeyed" in capsys.readouterr().out
+    assert main(["evaluate", folder, "--iw-samples", "5"]) == 2
+    assert "--iw-samples is for runs of models that have that figure" in capsys.readouterr().err
     assert main(["respond", folder, "hello there", "where is the park", "-n", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert 1 <= len(lines) <= 3

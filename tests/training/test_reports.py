@@ -10,7 +10,7 @@ import torch
 from fastvae.data import Vocabulary, load_text
 from fastvae.models import SentenceVAE
 from fastvae.training import text_metrics
-from fastvae.training.reports import report_sentences
+from fastvae.training.reports import ReportOptions, report_sentences
 from fastvae.training.text import reconstruct_sentences, sample_sentences
 
 WRITING = {"bleu", "samples", "self_bleu", "distinct_1", "distinct_2", "reverse_samples", "reverse_ppl", "word_kl"}
@@ -38,7 +38,7 @@ def model(vocabulary):
 
 
 def test_what_costs_is_measured_on_request_alone(model, vocabulary, text_file):
-    result, title, rows = report_sentences(model, vocabulary, data=str(text_file), split="test")
+    result, title, rows = report_sentences(model, vocabulary, ReportOptions(data=str(text_file), split="test"))
     written = {name: getattr(result, name) for name in WRITING - {"bleu"}}
     assert not any(written.values())
     assert [name for name, _, _ in rows] == ["-ELBO", "  NLL", "  KL", "PPL", "active units", "I(z;x)", "BLEU"]
@@ -49,7 +49,7 @@ def test_figures_of_what_a_model_writes_equal_those_by_hand(model, vocabulary, t
     data, train = str(text_file), load_text(text_file, "train")
     test = load_text(text_file, "test")
     result, _, rows = report_sentences(
-        model, vocabulary, data=data, split="test", samples=30, reverse_samples=50, seed=3
+        model, vocabulary, ReportOptions(data=data, split="test", samples=30, reverse_samples=50, seed=3)
     )
     copies = [reconstruct_sentences(model, vocabulary, [sentence])[0] for sentence in test]
     known = [" ".join(word if word in vocabulary else "<unk>" for word in sentence.split()) for sentence in test]
@@ -70,7 +70,7 @@ def test_word_frequencies_compare_with_the_training_text(model, vocabulary, text
     other = tmp_path / "other.txt"
     other.write_text("anna likes jazz\n" * 20)
     result, _, _ = report_sentences(
-        model, vocabulary, data=str(other), split="all", training_data=str(text_file), reverse_samples=20
+        model, vocabulary, ReportOptions(data=str(other), split="all", training_data=str(text_file), reverse_samples=20)
     )
     drawn = sample_sentences(model, vocabulary, 20)
     assert result.word_kl == text_metrics.word_kl(drawn, load_text(text_file, "train"), vocabulary)
@@ -78,7 +78,7 @@ def test_word_frequencies_compare_with_the_training_text(model, vocabulary, text
 
 
 def test_a_committed_evaluation_has_no_key_that_is_gone(model, vocabulary, text_file):
-    result, _, _ = report_sentences(model, vocabulary, data=str(text_file), split="test", iw_samples=2)
+    result, _, _ = report_sentences(model, vocabulary, ReportOptions(data=str(text_file), split="test", iw_samples=2))
     keys = dataclasses.asdict(result).keys()
     assert json.loads(COMMITTED.read_text()).keys() <= keys
     assert keys >= WRITING
