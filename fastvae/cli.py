@@ -30,8 +30,7 @@ from fastvae.training.config import (
 if TYPE_CHECKING:
     import torch
 
-    from fastvae.data import Samples, Vocabulary
-    from fastvae.models import SentenceVAE
+    from fastvae.data import Samples
     from fastvae.training.array_models import ArrayModel
     from fastvae.training.metrics import Figures
 
@@ -954,7 +953,9 @@ def _arithmetic(arguments: argparse.Namespace) -> int:
     sentences, signs = arguments.terms[::2], ["+", *arguments.terms[1::2]]
     if len(sentences) != len(signs) or any(sign not in ("+", "-") for sign in signs):
         raise ValueError(f"expected SENTENCE + SENTENCE - SENTENCE ..., got {' '.join(map(repr, arguments.terms))}")
-    model, vocabulary = _load_text(arguments)
+    loaded = _load(arguments)
+    _require(arguments, loaded, "posterior_mean")
+    model, vocabulary, _ = loaded
     terms = [(1.0 if sign == "+" else -1.0, sentence) for sign, sentence in zip(signs, sentences, strict=True)]
     print(combine_sentences(model, vocabulary, terms, seed=arguments.seed, **_decoding(arguments)))
     return 0
@@ -972,8 +973,9 @@ def _nearest(arguments: argparse.Namespace) -> int:
     from fastvae.training.latent import nearest_sentences
 
     loaded = _load(arguments)
-    model, vocabulary = _sentence_vae(arguments, loaded)
-    _, _, sentences = _corpus(arguments, loaded[2], "train")
+    _require(arguments, loaded, "posterior_mean")
+    model, vocabulary, config = loaded
+    _, _, sentences = _corpus(arguments, config, "train")
     found = nearest_sentences(
         model, vocabulary, arguments.sentence, sentences, arguments.count, metric=arguments.metric
     )
@@ -1000,8 +1002,9 @@ def _map(arguments: argparse.Namespace) -> int:
     if arguments.count < 2:
         raise ValueError(f"--count must be at least 2, got {arguments.count}")
     loaded = _load(arguments)
-    model, vocabulary = _sentence_vae(arguments, loaded)
-    data, split, sentences = _corpus(arguments, loaded[2], "test")
+    _require(arguments, loaded, "posterior_mean")
+    model, vocabulary, config = loaded
+    data, split, sentences = _corpus(arguments, config, "test")
     labels: list[str] | None = None
     if arguments.color != "length":
         sentences, labels = labeled_sentences(data, split, arguments.color)
@@ -1042,9 +1045,12 @@ def _add_export(parser: _Parser) -> None:
 def _export(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from fastvae.models import SentenceVAE
     from fastvae.nn import export_onnx
 
-    model, vocabulary = _load_text(arguments)
+    model, vocabulary, config = _load(arguments)
+    if not isinstance(model, SentenceVAE):
+        raise ValueError(f"export is for runs of sentence_vae, and {arguments.folder} is one of {config['model']}")
     folder = Path(arguments.out) if arguments.out else Path(arguments.folder) / "onnx"
     paths = export_onnx(model.decoder, folder)
     vocabulary.save(folder / "vocabulary.txt")
@@ -1056,20 +1062,6 @@ def _load(arguments: argparse.Namespace) -> _Loaded:
     from fastvae.training.checkpoint import load_run
 
     return load_run(arguments.folder, which=arguments.checkpoint, device=_device(arguments))
-
-
-def _load_text(arguments: argparse.Namespace) -> tuple[SentenceVAE, Vocabulary]:
-    return _sentence_vae(arguments, _load(arguments))
-
-
-def _sentence_vae(arguments: argparse.Namespace, loaded: _Loaded) -> tuple[SentenceVAE, Vocabulary]:
-    from fastvae.models import SentenceVAE
-
-    model, vocabulary, config = loaded
-    if not isinstance(model, SentenceVAE):
-        command, name = arguments.command, config["model"]
-        raise ValueError(f"{command} is for runs of sentence_vae, and {arguments.folder} is one of {name}")
-    return model, vocabulary
 
 
 def _require(arguments: argparse.Namespace, loaded: _Loaded, method: str) -> None:

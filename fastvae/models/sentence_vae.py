@@ -315,7 +315,7 @@ class SentenceVAE(Pretrained):
         Returns:
             As `decode`.
         """
-        return self.decode(self._posterior_mean(tokens, lengths), **options)
+        return self.decode(self.posterior_mean(tokens, lengths), **options)
 
     def sample(
         self,
@@ -354,7 +354,7 @@ class SentenceVAE(Pretrained):
         Returns:
             As `decode`, with a batch of `steps`.
         """
-        return self.decode(latent_line(self._posterior_mean, a, b, steps), **options)
+        return self.decode(latent_line(self.posterior_mean, a, b, steps), **options)
 
     @torch.no_grad()
     def importance_weighted_nll(
@@ -399,6 +399,14 @@ class SentenceVAE(Pretrained):
             return importance_weighted_nll(draw, num_samples, chunk)
 
     @torch.no_grad()
-    def _posterior_mean(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def posterior_mean(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Give the mean of q(z|x).
+
+        Args:
+            tokens, lengths: as in `forward`.
+
+        Returns:
+            `(batch, latent_dim)`, without dropout.
+        """
         with evaluating(self):
             return self.encode(tokens, lengths)[0]

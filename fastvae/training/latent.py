@@ -1,4 +1,4 @@
-"""Sentences in the latent space of a trained sentence VAE: sums of them, neighbours, and a map of a corpus."""
+"""Sentences in the latent space of a trained model of sentences: sums of them, neighbours, and a map of a corpus."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastvae.data import Vocabulary, read_sentences
-from fastvae.models import SentenceVAE
-from fastvae.models.evidence import evaluating
+from fastvae.models import MixtureVAE, SentenceVAE
 from fastvae.training.interpret import labeled_text
 from fastvae.training.text import encode_sentences
 
@@ -23,8 +22,8 @@ PROJECTIONS = ("pca", "tsne")
 
 
 @torch.no_grad()
-def latent_means(model: SentenceVAE, vocabulary: Vocabulary, sentences: Sequence[str]) -> Tensor:
-    """Give the mean of q(z|x) of each sentence.
+def latent_means(model: SentenceVAE | MixtureVAE, vocabulary: Vocabulary, sentences: Sequence[str]) -> Tensor:
+    """Give the latent at the posterior's mean of each sentence, as the model's `posterior_mean`.
 
     Args:
         model, vocabulary: what `load_run` gives.
@@ -37,18 +36,16 @@ def latent_means(model: SentenceVAE, vocabulary: Vocabulary, sentences: Sequence
         ValueError: there is no sentence, or one of them has no word.
     """
     device = next(model.parameters()).device
-    means = torch.zeros(len(sentences), model.latent_dim, dtype=torch.float64)
     order = sorted(range(len(sentences)), key=lambda place: -len(sentences[place].split()))  # little padding
-    with evaluating(model):
-        for start in range(0, max(len(order), 1), _CHUNK):
-            places = order[start : start + _CHUNK]
-            batch = encode_sentences(vocabulary, [sentences[place] for place in places]).to(device)
-            means[places] = model.encode(batch.tokens, batch.lengths)[0].cpu().double()
-    return means
+    parts = []
+    for start in range(0, max(len(order), 1), _CHUNK):
+        batch = encode_sentences(vocabulary, [sentences[place] for place in order[start : start + _CHUNK]]).to(device)
+        parts.append(model.posterior_mean(batch.tokens, batch.lengths).cpu().double())
+    return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
 def combine_sentences(
-    model: SentenceVAE,
+    model: SentenceVAE | MixtureVAE,
     vocabulary: Vocabulary,
     terms: Sequence[tuple[float, str]],
     *,
@@ -75,7 +72,7 @@ def combine_sentences(
 
 
 def nearest_sentences(
-    model: SentenceVAE,
+    model: SentenceVAE | MixtureVAE,
     vocabulary: Vocabulary,
     sentence: str,
     corpus: Sequence[str],

@@ -51,6 +51,10 @@ def test_a_run_trains_evaluates_and_writes(mixture, kind, tmp_path, capsys):
     assert last["valid/objective"] == pytest.approx(last["valid/neg_elbo"] - relief)
     assert result.best == pytest.approx(min(row["valid/objective"] for row in rows))
     assert main(["evaluate", str(result.folder), "--split", "valid"]) == 0
+    assert main(["arithmetic", str(result.folder), "anna", "-", "ben", "+", "carol"]) == 0
+    assert main(["nearest", str(result.folder), "anna", "-n", "2"]) == 0
+    assert main(["map", str(result.folder)]) == 0
+    assert (result.folder / "map.png").is_file()
     assert "I(c;x)" in capsys.readouterr().out
     assert (result.folder / "samples.txt").read_text().count("->") == 8
 
