@@ -7,6 +7,7 @@ model that is there with the same settings is left out, and a run that was inter
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "GM-VAE + L_mi": {"kind": "gm_vae", "mutual_information_weight": 1.0},
     "DGM-VAE": {"kind": "dgm_vae"},
     "DGM-VAE + L_mi": {"kind": "dgm_vae", "mutual_information_weight": 1.0},
+    "DGM-VAE, beta 0.9": {"kind": "dgm_vae", "beta": 0.9},
 }
 OF_PTB = ("AE", "VAE", "GM-VAE", "GM-VAE + L_mi", "DGM-VAE", "DGM-VAE + L_mi")
 _SAMPLES = 10_000  # from the prior, for word-KL and reverse perplexity
@@ -108,7 +110,7 @@ def main() -> int:
         if any(row["model"] == name and row["settings"] == wanted for row in _rows(out)):
             print(f"{name}: measured already")
             continue
-        row = measure(name, settings, runs / name.replace(" + ", "_").replace("-", "_").lower())
+        row = measure(name, settings, runs / re.sub(r"\W+", "_", name).lower())
         rows = [*(other for other in _rows(out) if other["model"] != name), row]  # others may have been at work
         rows.sort(key=lambda row: list(MODELS).index(row["model"]))
         text = json.dumps(rows, indent=2) + "\n"
