@@ -32,7 +32,7 @@ sanitize: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench
-	$(BIN)/python -m bench.tables --write README.md docs/move-your-vae.md
+	$(BIN)/python -m bench.tables --write README.md docs/mixtures.md docs/move-your-vae.md docs/speed.md
 
 # The site, in build/docs; a warning is an error.
 docs: $(VENV)/.docs

@@ -94,6 +94,20 @@ def _summary(rows: list[Row], title: str) -> str:
     return "\n".join(lines)
 
 
+def limits(rows: list[Row]) -> str:
+    """Return the table of how near the machine's limit training and generation of sentences come."""
+    shown = [row for row in rows if row["family"] in _SEQUENCES]
+    names = [OURS, "eager", "torch.compile"]
+    lines = [f"| of the limit | {' | '.join(names)} |", "|---|--:|--:|--:|"]
+    for case in cases(shown):
+        if case[0]["direction"] == "forward" and case[0]["family"] != "generation":
+            continue
+        share = {row["contender"]: f"{100 * float(row['share_of_limit']):.0f} %" for row in case}
+        title = f"{_TITLES[case[0]['family']]}: {case[0]['case']}"
+        lines.append(f"| {title} | {' | '.join(share[name] for name in names)} |")
+    return "\n".join(lines) + f"\n\n{_machine(shown)}"
+
+
 def vae_summary(rows: list[Row]) -> str:
     """Return the table of moving a VAE, a step and an epoch of training; nothing where they were not measured."""
     shown = [row for row in rows if row["family"] == "vae"]
@@ -285,6 +299,7 @@ def renewed(text: str, folder: Path = RESULTS) -> str:
         "inference": lambda: inference_summary(rows),
         "sparse": lambda: sparse_summary(rows),
         "vae": lambda: vae_summary(rows),
+        "limits": lambda: limits(rows),
         "speed": lambda: speed_summary(folder / SPEED.name),
         "ptb": lambda: penn_treebank(folder),
         "dailydialog_mixtures": lambda: mixtures(folder / "dailydialog_mixtures.json"),

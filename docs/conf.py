@@ -48,6 +48,7 @@ docs/sparse-coding
 docs/sentence-vae
 docs/mixtures
 docs/numerics
+docs/speed
 Benchmarks <bench/results/README>
 Variance of gradient estimators <bench/results/estimator_variance>
 ```
