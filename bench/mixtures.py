@@ -19,7 +19,7 @@ from fastvae.data import load_text
 from fastvae.data.corpus import corpus_folder
 from fastvae.data.dailydialog import dailydialog_dialogues
 from fastvae.files import replace_atomically
-from fastvae.training.checkpoint import load_run
+from fastvae.training.checkpoint import load_run, read_checkpoint
 from fastvae.training.config import MixtureConfig, read_yaml
 from fastvae.training.mixture_metrics import code_probabilities, evaluate_mixture
 from fastvae.training.run import train
@@ -46,16 +46,18 @@ _LANGUAGE_MODEL = {"embed_dim": 128, "hidden_size": 128, "epochs": 5}
 def measure(name: str, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train a model, or what is left of its training, and return its row."""
     config = MixtureConfig.from_mapping(settings | MODELS[name] | {"out": str(folder)})
-    started = (folder / "checkpoints" / "last.ckpt").is_file()
-    result = train(config, resume=started, overwrite=not started)
-    if result.interrupted:
-        raise KeyboardInterrupt
+    last = folder / "checkpoints" / "last.ckpt"
+    started = last.is_file()
+    if not started or read_checkpoint(last)["position"]["epoch"] < config.epochs:
+        result = train(config, resume=started, overwrite=not started)
+        if result.interrupted:
+            raise KeyboardInterrupt
     model, vocabulary, _ = load_run(folder)
     test = load_text(config.data, "test")
     figures = evaluate_mixture(model, vocabulary, test, data=config.data, split="test").to_dict()
     figures = {key: value for key, value in figures.items() if value is not None}
     figures |= of_labels(model, vocabulary) if config.data == "dailydialog" else of_samples(model, vocabulary, config)
-    return {"model": name, **figures, "steps": result.steps, "settings": _described(config)}
+    return {"model": name, **figures, "steps": read_checkpoint(last)["global_step"], "settings": _described(config)}
 
 
 def of_labels(model: Any, vocabulary: Any) -> dict[str, float]:
