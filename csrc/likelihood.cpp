@@ -2,8 +2,8 @@
 //
 // Bytes: the forward reads the prediction and the target (8 bytes of float32 an element), the backward reads both again
 // and writes a gradient (12); eager makes 5 to 10 passes each way. Work, Bernoulli: one exponential and one logarithm
-// forward, one exponential and one division backward, some 40 and 30 vector instructions, 2 ns for 16 elements with
-// AVX-512: what the caches hold is bound by this, the rest by memory.
+// forward, one exponential and one division backward, some 30 and 25 vector instructions, of which a core does about
+// one a cycle: what the caches hold is bound by this, the rest by memory.
 #include "elementwise.h"
 #include "vecmath.h"
 
