@@ -256,7 +256,7 @@ def mixtures(path: Path) -> str:
         f"| model | {' | '.join(head for head, _ in shown.values())} |",
         f"|---|{'--:|' * len(shown)}",
         *(
-            f"| {row['model']} | {' | '.join(f'{row[name]:.{digits}f}' for name, (_, digits) in shown.items())} |"
+            f"| {row['model']} | {' | '.join(f'{row[name]:z.{digits}f}' for name, (_, digits) in shown.items())} |"
             for row in rows
         ),
     ]
