@@ -97,16 +97,23 @@ def main() -> int:
     parser.add_argument("data", choices=("dailydialog", "ptb"))
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings [those of dem_vae_DATA]")
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)} [all]")
-    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="where the runs go [build/mixtures/DATA]")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="[bench/results/DATA_mixtures.json]")
+    parser.add_argument(
+        "--seed", type=int, metavar="INT", help="in place of that of the settings, for files of its own"
+    )
+    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="where the runs go [build/mixtures/NAME]")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="[bench/results/NAME_mixtures.json]; NAME: DATA or DATA_SEED"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # such small products gain nothing from more
     import fastvae
 
     known = Path(fastvae.__file__).parent / "configs" / f"dem_vae_{arguments.data}.yaml"
-    settings = read_yaml(arguments.config or known)
-    out = arguments.out or RESULTS / f"{arguments.data}_mixtures.json"
-    runs = arguments.runs or Path("build") / "mixtures" / arguments.data
+    settings, which = read_yaml(arguments.config or known), arguments.data
+    if arguments.seed is not None:
+        settings, which = settings | {"seed": arguments.seed}, f"{which}_{arguments.seed}"
+    out = arguments.out or RESULTS / f"{which}_mixtures.json"
+    runs = arguments.runs or Path("build") / "mixtures" / which
     for name in arguments.models or (MODELS if arguments.data == "dailydialog" else OF_PTB):
         wanted = _described(MixtureConfig.from_mapping(settings | MODELS[name]))
         if any(row["model"] == name and row["settings"] == wanted for row in _rows(out)):

@@ -263,6 +263,19 @@ def mixtures(path: Path) -> str:
     return "\n".join(lines)
 
 
+def mixture_seeds(paths: list[Path]) -> str:
+    """Return the table of models that `bench.mixtures` compared with several seeds, the figures of all in a cell."""
+    runs = [{row["model"]: row for row in json.loads(path.read_text())} for path in paths]
+    runs.sort(key=lambda run: next(iter(run.values()))["settings"]["seed"])
+    shown = ("mutual_information", "bleu", "homogeneity_act")
+    lines = [f"| model | {' | '.join(_MIXTURES[name][0] for name in shown)} |", f"|---|{'--:|' * len(shown)}"]
+    for model in runs[0]:
+        if all(model in run for run in runs):
+            cells = [", ".join(f"{run[model][name]:z.{_MIXTURES[name][1]}f}" for run in runs) for name in shown]
+            lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def controlled(path: Path = CONTROLLED) -> str:
     """Return the README's tables of controlled generation."""
     result = json.loads(path.read_text())
@@ -303,6 +316,7 @@ def renewed(text: str, folder: Path = RESULTS) -> str:
         "speed": lambda: speed_summary(folder / SPEED.name),
         "ptb": lambda: penn_treebank(folder),
         "dailydialog_mixtures": lambda: mixtures(folder / "dailydialog_mixtures.json"),
+        "dailydialog_seeds": lambda: mixture_seeds(sorted(folder.glob("dailydialog_*mixtures.json"))),
         "ptb_mixtures": lambda: mixtures(folder / "ptb_mixtures.json"),
         "controlled": lambda: controlled(folder / CONTROLLED.name),
     }
