@@ -19,6 +19,7 @@ from fastvae.ops.backend import (
     CORE,
     compute_dtype,
     dtype_code,
+    empty,
     first_order,
     kernel,
     large,
@@ -118,8 +119,8 @@ def cpu_sample_kl(
     mean, log_var, stride = _rows_apart(mean, log_var)
     samples = 1 if num_samples is None else num_samples
     rows, latent = _rows(mean)
-    z = large(mean.new_empty(z_shape(mean, num_samples)))
-    kl = large(mean.new_empty(mean.shape[:-1] if sum_latent else mean.shape, dtype=compute_dtype(mean)))
+    z = large(empty(mean, z_shape(mean, num_samples)))
+    kl = large(empty(mean, mean.shape[:-1] if sum_latent else mean.shape, compute_dtype(mean)))
     prior_rows = 0
     if prior_mean is not None and prior_log_var is not None:
         prior_mean, prior_log_var = prior_mean.contiguous(), prior_log_var.contiguous()
@@ -148,7 +149,7 @@ def _cpu_sample_kl_backward(
     grad_kl = None if grad_kl is None else grad_kl.contiguous()
     samples = 1 if num_samples is None else num_samples
     rows, latent = _rows(mean)
-    grad_mean, grad_log_var = (large(mean.new_empty(mean.shape)) for _ in range(2))
+    grad_mean, grad_log_var = (large(empty(mean, mean.shape)) for _ in range(2))
     prior_rows, grad_prior, partials = 0, None, 0
     if prior_mean is not None and prior_log_var is not None:
         prior_mean, prior_log_var = prior_mean.contiguous(), prior_log_var.contiguous()

@@ -20,6 +20,7 @@ from fastvae.ops.backend import (
     CORE,
     compute_dtype,
     dtype_code,
+    empty,
     first_order,
     kernel,
     large,
@@ -72,8 +73,8 @@ def reference_bound_backward(grad: Tensor, log_likelihood: Tensor, log_ratio: Te
 def _cpu_sample(mean: Tensor, log_var: Tensor, seed: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
     assert CORE is not None
     mean, log_var = mean.contiguous(), log_var.contiguous()
-    z = large(mean.new_empty(z_shape(mean, num_samples)))
-    log_ratio = large(mean.new_empty(z.shape[:-1], dtype=compute_dtype(mean)))
+    z = large(empty(mean, z_shape(mean, num_samples)))
+    log_ratio = large(empty(mean, z.shape[:-1], compute_dtype(mean)))
     CORE.log_ratio_forward(
         dtype_code(mean), pointer(mean), pointer(log_var), pointer(seed), pointer(z), pointer(log_ratio),
         num_samples, math.prod(mean.shape[:-1]), mean.shape[-1],
@@ -99,7 +100,7 @@ def _cpu_sample_backward(
 def _cpu_bound(log_likelihood: Tensor, log_ratio: Tensor) -> Tensor:
     assert CORE is not None
     log_likelihood, log_ratio = log_likelihood.contiguous(), log_ratio.contiguous()
-    bound = log_ratio.new_empty(log_ratio.shape[1:], dtype=compute_dtype(log_ratio))
+    bound = empty(log_ratio, log_ratio.shape[1:], compute_dtype(log_ratio))
     CORE.importance_bound_forward(
         dtype_code(log_ratio), pointer(log_likelihood), pointer(log_ratio), pointer(bound), len(log_ratio),
         bound.numel(),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.ops.backend import CORE, compute_dtype, dtype_code, first_order, kernel, large, pointer, register
+from fastvae.ops.backend import CORE, compute_dtype, dtype_code, empty, first_order, kernel, large, pointer, register
 from fastvae.ops.checks import check_device, check_float
 from fastvae.ops.gaussian import LOG_VAR_LIMIT
 
@@ -113,7 +113,7 @@ def _cpu_forward(prediction: Tensor, target: Tensor, log_var: Tensor | None, eve
     assert CORE is not None
     prediction, target = prediction.contiguous(), target.contiguous()
     density, log_var, memory = _cpu_log_var(prediction, log_var)
-    nll = prediction.new_empty(prediction.shape[:-event_dims], dtype=compute_dtype(prediction))
+    nll = empty(prediction, prediction.shape[:-event_dims], compute_dtype(prediction))
     possible = CORE.likelihood_forward(
         density, dtype_code(prediction), dtype_code(target), pointer(prediction), pointer(target), pointer(log_var),
         *_sizes(prediction, target, event_dims), pointer(memory), pointer(nll),
@@ -126,13 +126,13 @@ def _cpu_forward(prediction: Tensor, target: Tensor, log_var: Tensor | None, eve
 def _cpu_backward(
     grad: Tensor, prediction: Tensor, target: Tensor, log_var: Tensor | None, event_dims: int,
     need_prediction: bool, need_target: bool, need_log_var: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     assert CORE is not None
     prediction, target, grad = prediction.contiguous(), target.contiguous(), grad.contiguous()
     density, log_var, memory = _cpu_log_var(prediction, log_var)
     grad_prediction = large(torch.empty_like(prediction)) if need_prediction else prediction.new_empty(0)
     grad_target = large(torch.empty_like(target)) if need_target else target.new_empty(0)
-    grad_log_var = (prediction if log_var is None else log_var).new_empty(0)
+    grad_log_var = None if log_var is None else log_var.new_empty(0)
     samples, targets, features = _sizes(prediction, target, event_dims)
     partial, partials = None, 1
     if need_log_var and log_var is not None:
@@ -288,9 +288,9 @@ class _BernoulliNLL(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:2]
-        grads = _bernoulli_backward(grad, *ctx.saved_tensors, ctx.event_dims, *needed)
-        return *(g if n else None for g, n in zip(grads, needed, strict=True)), None
+        need_logits, need_target, _ = ctx.needs_input_grad
+        grads = _bernoulli_backward(grad, *ctx.saved_tensors, ctx.event_dims, need_logits, need_target)
+        return grads[0] if need_logits else None, grads[1] if need_target else None, None
 
 
 class _GaussianNLL(torch.autograd.Function):

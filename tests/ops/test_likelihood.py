@@ -102,30 +102,40 @@ def test_confident_predictions_keep_their_digits(backend):
     expected = torch.sigmoid(-magnitude.double()) * torch.tensor([-1.0, 1.0])
     torch.testing.assert_close(grad.double(), expected, rtol=4e-7, atol=0)
 
+    rows = magnitude.expand(-1, 300)  # wide enough for several terms to share a logarithm
+    expected = 300 * torch.log1p(torch.exp(-magnitude.double()))[:, 0]
+    for sign in (1.0, -1.0):
+        nll = bernoulli_nll(sign * rows, torch.full((257, 300), max(sign, 0.0)))
+        torch.testing.assert_close(nll.double(), expected, rtol=1e-6, atol=0)
+
 
 EXTREMES = [-math.inf, -3e38, -1e4, -104.0, -88.5, -87.0, 0.0, -0.0, 87.0, 88.5, 104.0, 1e4, 3e38, math.inf]
 
 
+@pytest.mark.parametrize("width", [1, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_extreme_logits_give_the_exact_answer(dtype, backend):
+def test_extreme_logits_give_the_exact_answer(dtype, width, backend):
     logits = torch.tensor(EXTREMES, dtype=torch.float64).repeat_interleave(20).to(dtype)  # enough to fill vectors
     exact = logits.double()
     for t in (0.0, 0.25, 1.0):
-        leaf = logits[:, None].clone().requires_grad_()
-        nll = bernoulli_nll(leaf, torch.full((len(logits), 1), t, dtype=dtype))
+        leaf = logits[:, None].repeat(1, width).requires_grad_()
+        nll = bernoulli_nll(leaf, torch.full((len(logits), width), t, dtype=dtype))
         far = torch.where(exact < 0, t, 1 - t)  # how much of the target is on the other side
         expected = torch.where(far == 0, 0, far * exact.abs()) + torch.log1p(torch.exp(-exact.abs()))
-        torch.testing.assert_close(nll.double(), expected, rtol=1e-6, atol=1e-37)
-        grad = torch.autograd.grad(nll.sum(), leaf)[0][:, 0]
-        expected = ((1 - t) * torch.sigmoid(exact) - t * torch.sigmoid(-exact)).to(dtype)
+        overflows = width * expected > torch.finfo(nll.dtype).max
+        expected = torch.where(overflows, math.inf, width * expected)
+        torch.testing.assert_close(nll.double(), expected, rtol=1e-6, atol=width * 1e-37)
+        grad = torch.autograd.grad(nll.sum(), leaf)[0]
+        expected = ((1 - t) * torch.sigmoid(exact) - t * torch.sigmoid(-exact)).to(dtype)[:, None].expand_as(grad)
         rounding = 1e-6 if dtype.itemsize > 2 else 0.01
         torch.testing.assert_close(grad.double(), expected.double(), rtol=rounding, atol=1e-37)
 
 
 @densities
+@pytest.mark.parametrize("width", [37, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_nan_stays_and_stays_where_it_is(dtype, log_var, backend):
-    tensors = [t.detach() for t in operands(((5, 37), 2, 1), dtype, log_var)]
+def test_nan_stays_and_stays_where_it_is(dtype, width, log_var, backend):
+    tensors = [t.detach() for t in operands(((5, width), 2, 1), dtype, log_var)]
     tensors[0][1, 36] = math.nan
     if log_var == "full":
         tensors[2][3, 0] = math.nan
