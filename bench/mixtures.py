@@ -100,9 +100,10 @@ def main() -> int:
     parser.add_argument(
         "--seed", type=int, metavar="INT", help="in place of that of the settings, for files of its own"
     )
+    parser.add_argument("--epochs", type=int, metavar="INT", help="likewise")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="where the runs go [build/mixtures/NAME]")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="[bench/results/NAME_mixtures.json]; NAME: DATA or DATA_SEED"
+        "--out", type=Path, metavar="FILE", help="[bench/results/NAME_mixtures.json]; NAME: DATA[_SEED][_EPOCHS_epochs]"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # such small products gain nothing from more
@@ -112,6 +113,8 @@ def main() -> int:
     settings, which = read_yaml(arguments.config or known), arguments.data
     if arguments.seed is not None:
         settings, which = settings | {"seed": arguments.seed}, f"{which}_{arguments.seed}"
+    if arguments.epochs is not None:
+        settings, which = settings | {"epochs": arguments.epochs}, f"{which}_{arguments.epochs}_epochs"
     out = arguments.out or RESULTS / f"{which}_mixtures.json"
     runs = arguments.runs or Path("build") / "mixtures" / which
     for name in arguments.models or (MODELS if arguments.data == "dailydialog" else OF_PTB):

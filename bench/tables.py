@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from bench import FAMILIES
 from bench.interleave import OURS, PRODUCTS
@@ -266,13 +267,19 @@ def mixtures(path: Path) -> str:
 def mixture_seeds(paths: list[Path]) -> str:
     """Return the table of models that `bench.mixtures` compared with several seeds, the figures of all in a cell."""
     runs = [{row["model"]: row for row in json.loads(path.read_text())} for path in paths]
-    runs.sort(key=lambda run: next(iter(run.values()))["settings"]["seed"])
     shown = ("mutual_information", "bleu", "homogeneity_act")
-    lines = [f"| model | {' | '.join(_MIXTURES[name][0] for name in shown)} |", f"|---|{'--:|' * len(shown)}"]
-    for model in runs[0]:
-        if all(model in run for run in runs):
-            cells = [", ".join(f"{run[model][name]:z.{_MIXTURES[name][1]}f}" for run in runs) for name in shown]
-            lines.append(f"| {model} | {' | '.join(cells)} |")
+    lines = [f"| epochs | model | {' | '.join(_MIXTURES[name][0] for name in shown)} |"]
+    lines.append(f"|--:|---|{'--:|' * len(shown)}")
+
+    def setting(run: dict[str, Any], name: str) -> int:
+        return next(iter(run.values()))["settings"][name]
+
+    for epochs in sorted({setting(run, "epochs") for run in runs}):
+        alike = sorted((r for r in runs if setting(r, "epochs") == epochs), key=lambda run: setting(run, "seed"))
+        for model in alike[0]:
+            if all(model in run for run in alike):
+                cells = [", ".join(f"{run[model][name]:z.{_MIXTURES[name][1]}f}" for run in alike) for name in shown]
+                lines.append(f"| {epochs} | {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
