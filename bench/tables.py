@@ -271,14 +271,17 @@ def mixture_seeds(paths: list[Path]) -> str:
     lines = [f"| epochs | model | {' | '.join(_MIXTURES[name][0] for name in shown)} |"]
     lines.append(f"|--:|---|{'--:|' * len(shown)}")
 
-    def setting(run: dict[str, Any], name: str) -> int:
-        return next(iter(run.values()))["settings"][name]
+    def epochs_and_seed(run: dict[str, Any]) -> tuple[int, int]:
+        settings = next(iter(run.values()))["settings"]
+        return settings["epochs"], settings["seed"]
 
-    for epochs in sorted({setting(run, "epochs") for run in runs}):
-        alike = sorted((r for r in runs if setting(r, "epochs") == epochs), key=lambda run: setting(run, "seed"))
-        for model in alike[0]:
-            if all(model in run for run in alike):
-                cells = [", ".join(f"{run[model][name]:z.{_MIXTURES[name][1]}f}" for run in alike) for name in shown]
+    runs.sort(key=epochs_and_seed)
+    for epochs, group in itertools.groupby(runs, key=lambda run: epochs_and_seed(run)[0]):
+        first, *others = group
+        for model in first:
+            if all(model in run for run in others):
+                rows = [run[model] for run in (first, *others)]
+                cells = [", ".join(f"{row[name]:z.{_MIXTURES[name][1]}f}" for row in rows) for name in shown]
                 lines.append(f"| {epochs} | {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

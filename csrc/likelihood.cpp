@@ -2,7 +2,7 @@
 //
 // Bytes: the forward reads the prediction and the target (8 bytes of float32 an element), the backward reads both again
 // and writes a gradient (12); eager makes 5 to 10 passes each way. Work, Bernoulli: one exponential and an
-// eighth of a logarithm forward, one exponential and one division backward, 26 and 21 vector instructions a vector, of
+// eighth of a logarithm forward, one exponential and one division backward, 26 and 22 vector instructions a vector, of
 // which a core does two a cycle: what the caches hold is bound by this, the rest by memory.
 #include "elementwise.h"
 #include "vecmath.h"
@@ -162,13 +162,6 @@ FASTVAE_INLINE void bernoulli_terms(const C *logits, const C *target, int64_t n,
     terms[i] = (weight == C(0) ? C(0) : magnitude * weight) + log1p(exp_of_minus(magnitude));
   }
 }
-
-// log(1 + x) of any x >= 0 whose square does not overflow, with what 1 + x loses put back.
-FASTVAE_INLINE float log1p_wide(float x) {
-  const float sum = 1.0f + x;
-  return log(sum) + (x - (sum - 1.0f)) / sum;
-}
-FASTVAE_INLINE double log1p_wide(double x) { return std::log1p(x); }
 
 // The sum of n terms, with one logarithm for kFactors of them: that of the product of their 1 + e, of which what it is
 // beyond 1 is kept, so that small ones count to their last digits.

@@ -10,29 +10,35 @@
 
 namespace fastvae::FASTVAE_ISA {
 
+// e^x = 2^n e^r of integer n, |r| <= 0.35. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, those
+// of `power` moved to the exponent's place.
+struct ReducedPower {
+  uint32_t power;
+  float r;
+};
+FASTVAE_INLINE ReducedPower reduced_power(float x) {
+  const float shifted = x * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  return {bit_cast<uint32_t>(shifted) << 23, (x - n * 0.693359375f) + n * 2.12194440e-4f};
+}
+
 // exp(x) = scale * (1 + fraction), |fraction| <= 0.42. x is clamped to [-87.3, 88.3], where scale stays a normal
 // number.
 struct ExpParts {
   float scale, fraction;
 };
-
-FASTVAE_INLINE ExpParts exp_parts_within(float x) {  // x is in that range
-  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-  const float shifted = x * 1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+FASTVAE_INLINE ExpParts exp_parts(float x) {
+  x = x < -87.3f ? -87.3f : x;
+  x = x > 88.3f ? 88.3f : x;
+  const ReducedPower reduced = reduced_power(x);
+  const float r = reduced.r;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  return {bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3F800000u), p * r * r + r};
-}
-FASTVAE_INLINE ExpParts exp_parts(float x) {
-  x = x < -87.3f ? -87.3f : x;
-  x = x > 88.3f ? 88.3f : x;
-  return exp_parts_within(x);
+  return {bit_cast<float>(reduced.power + 0x3F800000u), p * r * r + r};
 }
 
 FASTVAE_INLINE float exp(float x) {
@@ -45,19 +51,18 @@ FASTVAE_INLINE float expm1(float x) {
 }
 FASTVAE_INLINE double exp(double x) { return std::exp(x); }
 
-// exp(-x) of x >= 0, 0 from 87 on, within 2e-7 of itself: less work than `exp`, for kernels that it bounds. The
-// integer part of the power of two is added to the exponent of the fraction's.
+// exp(-x) of x >= 0, 0 from 87 on, within 2e-7 of itself: less work than `exp`, for kernels that it bounds. The power
+// of two is added to the exponent of e^r.
 FASTVAE_INLINE float exp_of_minus(float x) {
-  const float shifted = x * -1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  const float r = n * 2.12194440e-4f - (n * 0.693359375f + x);
+  const ReducedPower reduced = reduced_power(-x);
+  const float r = reduced.r;
   float p = 8.29027314e-3f;
   p = p * r + 4.18981761e-2f;
   p = p * r + 1.66676387e-1f;
   p = p * r + 4.99991506e-1f;
   p = p * r + 9.99999702e-1f;
   p = p * r + 1.0f;
-  return x > 87.0f ? 0.0f : bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23));
+  return x > 87.0f ? 0.0f : bit_cast<float>(bit_cast<uint32_t>(p) + reduced.power);
 }
 FASTVAE_INLINE double exp_of_minus(double x) { return std::exp(-x); }
 FASTVAE_INLINE double expm1(double x) { return std::expm1(x); }
@@ -90,6 +95,13 @@ FASTVAE_INLINE float log1p(float x) {
   return p * x * x + x;
 }
 FASTVAE_INLINE double log1p(double x) { return std::log1p(x); }
+
+// log(1 + x) of any x >= 0 whose square does not overflow, with what 1 + x loses put back.
+FASTVAE_INLINE float log1p_wide(float x) {
+  const float sum = 1.0f + x;
+  return log(sum) + (x - (sum - 1.0f)) / sum;
+}
+FASTVAE_INLINE double log1p_wide(double x) { return std::log1p(x); }
 
 // Cosine and sine of an angle in [0, 1] full turns: the quarter turns to subtract are exact.
 struct CosSin {
