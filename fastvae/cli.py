@@ -25,6 +25,7 @@ from fastvae.training.config import (
     settings_names,
     settings_path,
     sizes,
+    training_part,
 )
 
 if TYPE_CHECKING:
@@ -440,8 +441,6 @@ def _add_evaluate(parser: _Parser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from fastvae.training.reports import ReportOptions
     from fastvae.training.text_models import text_model
 
@@ -457,24 +456,22 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         _refuse(arguments, ("samples", "reverse_samples"), "runs on text")
         return _evaluate_array(arguments, loaded)
     _refuse(arguments, parts.lacks, "runs of models that have that figure")
-    data = arguments.data or config["data"]
+    data, split = _part(arguments, config, "test")
     options = ReportOptions(
         data=data,
-        split=arguments.split or ("all" if arguments.data and Path(data).is_file() else "test"),
+        split=split,
         training_data=config["data"],
-        iw_samples=_iw_samples(arguments),
+        training_split=training_part(config["data"], config.get("valid")),
+        iw_samples=arguments.iw_samples,
         samples=1000 if arguments.samples is None else arguments.samples,
         reverse_samples=arguments.reverse_samples or 0,
+        context_words=config.get("context_words", ReportOptions.context_words),
         batch_size=arguments.batch_size or 32,
         seed=arguments.seed,
     )
     result, title, rows = parts.get("report")(model, vocabulary, options)
     _show(title, rows)
     return _save_evaluation(arguments, result)
-
-
-def _iw_samples(arguments: argparse.Namespace) -> int:
-    return 100 if arguments.iw_samples is None else arguments.iw_samples
 
 
 def _show(title: str, rows: Sequence[tuple[str, str, str]]) -> None:
@@ -495,7 +492,7 @@ def _save_evaluation(arguments: argparse.Namespace, result: Figures) -> int:
 def _evaluate_array(arguments: argparse.Namespace, loaded: _Loaded) -> int:
     from fastvae.training.array_models import row_kind
     from fastvae.training.metrics import evaluate_array, evaluate_autoencoder
-    from fastvae.training.reports import elbo_rows
+    from fastvae.training.reports import IW_SAMPLES, elbo_rows
 
     model, samples, data, split = _load_array(arguments, loaded, arguments.data, arguments.split)
     size = arguments.batch_size or 256
@@ -515,7 +512,8 @@ def _evaluate_array(arguments: argparse.Namespace, loaded: _Loaded) -> int:
         ]
         _show(title, rows)
         return _save_evaluation(arguments, errors)
-    result = evaluate_array(model, batches, iw_samples=_iw_samples(arguments), **about)
+    iw_samples = IW_SAMPLES if arguments.iw_samples is None else arguments.iw_samples
+    result = evaluate_array(model, batches, iw_samples=iw_samples, **about)
     rows = elbo_rows(result, unit)
     if result.bits_per_dimension is not None:
         rows.append(("bits / number", f"{result.bits_per_dimension:.4f}", "from -ELBO"))
@@ -852,8 +850,7 @@ def _interpret(arguments: argparse.Namespace) -> int:
     loaded = _load(arguments)
     model, vocabulary, config = loaded
     _require(arguments, loaded, "prior_latents")
-    data = arguments.data or config["data"]
-    split = arguments.split or ("all" if arguments.data and Path(data).is_file() else "test")
+    data, split = _part(arguments, config, "test")
     text = labeled_text(data, split)
     title = f"Codes of {arguments.folder}, by {data} ({split})"
     found = interpret(model, vocabulary, text, examples=arguments.count, seed=arguments.seed, title=title)
@@ -874,6 +871,7 @@ def _add_respond(parser: _Parser) -> None:
 
 
 def _respond(arguments: argparse.Namespace) -> int:
+    from fastvae.data.smd import smd_words
     from fastvae.training.dialogue_metrics import answer
 
     loaded = _load(arguments)
@@ -891,7 +889,7 @@ def _respond(arguments: argparse.Namespace) -> int:
             given = " ".join(arguments.codes)
             raise ValueError(f"--codes must have {model.vae.variables} numbers an action, got {given}")
     options = _decoding(arguments) | {"most_words": config["context_words"], "seed": arguments.seed}
-    context = [said.lower() for said in arguments.context]  # as the corpora have it
+    context = list(map(smd_words if config["data"] == "smd" else str.lower, arguments.context))  # as the corpus has it
     for one in answer(model, vocabulary, context, codes=codes, count=arguments.count, **options):
         print(f"{'-'.join(map(str, one.codes))}  {one.probability:.3f}  {one.text}")
     return 0
@@ -932,13 +930,30 @@ def _add_corpus(parser: _Parser, split: str) -> None:
 
 def _corpus(arguments: argparse.Namespace, config: dict[str, Any], split: str) -> tuple[str, str, list[str]]:
     """Return the name, the part and the sentences that the arguments ask for."""
-    from pathlib import Path
-
     from fastvae.data import load_text
 
-    data = arguments.data or config["data"]
-    part = arguments.split or ("all" if arguments.data and Path(data).is_file() else split)
+    data, part = _part(arguments, config, split)
     return data, part, load_text(data, part)
+
+
+def _part(arguments: argparse.Namespace, config: dict[str, Any], usual: str) -> tuple[str, str]:
+    """Return the name of the text, and the part of it, that the arguments ask for: of the run's own the usual part.
+
+    A run with a validation text (--valid) was trained on the whole of its file, of which nothing is left for testing:
+    then the validation text takes its place.
+    """
+    from pathlib import Path
+
+    valid, data = config.get("valid"), config["data"]
+    if arguments.data:
+        return arguments.data, arguments.split or ("all" if Path(arguments.data).is_file() else usual)
+    trained_on = training_part(data, valid)
+    if arguments.split == "test" and trained_on == "all":
+        raise ValueError(f"--split test: the run was trained on the whole of {data}; give other text by --data")
+    part = arguments.split or ("valid" if usual == "test" and trained_on == "all" else usual)
+    if part == "valid" and valid is not None:
+        return valid, "all" if Path(valid).is_file() else "valid"
+    return data, trained_on if part == "train" else part
 
 
 def _add_arithmetic(parser: _Parser) -> None:

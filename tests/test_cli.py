@@ -344,6 +344,36 @@ def test_evaluate_prints_and_writes_json(run_folder, capsys, tmp_path, text_file
     assert "IW-NLL" not in capsys.readouterr().out.splitlines()[5]
 
 
+def test_what_a_run_was_trained_on_is_not_measured_as_a_test(tmp_path, text_file, capsys):
+    """With a validation text of its own a run is trained on the whole file."""
+    pytest.importorskip("lightning")
+    valid, out = tmp_path / "valid.txt", tmp_path / "trained"
+    valid.write_text("play song later\nplay song now\n" * 5)
+    files = ["--data", str(text_file), "--valid", str(valid)]
+    assert main(["train", *files, "--epochs", "1", "--out", str(out), *SIZES]) == 0
+    for arguments in ([], ["--split", "valid"]):
+        assert main(["evaluate", str(out), *arguments, "--iw-samples", "0", "--samples", "0"]) == 0
+        written = json.loads((out / "evaluation_all.json").read_text())
+        assert (written["data"], written["sentences"]) == (str(valid), 10)
+    assert main(["evaluate", str(out), "--split", "train", "--iw-samples", "0", "--samples", "0"]) == 0
+    assert json.loads((out / "evaluation_all.json").read_text())["sentences"] == 60
+    capsys.readouterr()
+    assert "the run was trained on the whole of" in fails(capsys, "evaluate", str(out), "--split", "test")
+    assert main(["map", str(out)]) == 0
+    assert main(["nearest", str(out), "play song now", "-n", "60"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 6
+
+
+def test_a_plain_auto_encoder_is_measured_without_weights(tmp_path, text_file, capsys):
+    pytest.importorskip("lightning")
+    out = tmp_path / "plain"
+    plain = ["--regularizer", "none", "--epochs", "1", "--out", str(out)]
+    assert main(["train", "--data", str(text_file), *plain, *SIZES]) == 0
+    assert main(["evaluate", str(out)]) == 0
+    assert "IW-NLL" not in capsys.readouterr().out
+    assert "regularizer 'none' has no posterior density" in fails(capsys, "evaluate", str(out), "--iw-samples", "5")
+
+
 def test_train_takes_a_file_then_flags_and_resumes(tmp_path, text_file, capsys):
     pytest.importorskip("lightning")
     settings = tmp_path / "settings.yaml"

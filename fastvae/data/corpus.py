@@ -89,8 +89,9 @@ def load_text(name_or_path: str | os.PathLike[str], split: str = "train") -> lis
     Args:
         name_or_path: `"assistant"`, the embedded corpus; one of `CORPORA`, such as `"ptb"`, the Penn Treebank as the
             files `ptb/{train,valid,test}.txt`, in the folder that the environment variable FASTVAE_DATA names;
-            a folder with train.txt, valid.txt and test.txt; or one text file. A name wins over a path
-            spelt the same: write `./ptb` for the path.
+            a folder with train.txt, valid.txt and test.txt; or one text file. A table or folder of tables of
+            sentences with attributes, as `load_labeled`, gives its sentences. A name wins over a path spelt the same:
+            write `./ptb` for the path.
         split: `"train"`, `"valid"` or `"test"`. Of each 20 sentences of one text file the 19th is for
             validation and the 20th for testing. `"all"` gives the whole of one text file.
 
@@ -107,6 +108,10 @@ def load_text(name_or_path: str | os.PathLike[str], split: str = "train") -> lis
         return assistant_sentences(split)
     named = str(name_or_path) in CORPORA
     path = corpus_folder(str(name_or_path)) if named else Path(name_or_path)
+    if not named and ((path.is_file() and path.suffix == ".tsv") or (path / "train.tsv").is_file()):
+        from fastvae.data.labeled import load_labeled
+
+        return load_labeled(path, split).sentences
     if named or path.is_dir():
         if split == "all":
             raise ValueError(f"split 'all' is for a single text file; {path} is a folder of {', '.join(SPLIT_NAMES)}")

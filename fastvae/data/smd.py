@@ -39,7 +39,7 @@ def smd_exchanges(folder: Path, split: str) -> list[Exchange]:
         raise FileNotFoundError(f"{path}: no such file")
     read = _table if split == "train" else _dialogues
     found = [
-        Exchange(tuple(filter(None, (_words(turn) for turn in context))), _words(response, punctuation=True), intent)
+        Exchange(tuple(filter(None, map(smd_words, context))), smd_words(response, punctuation=True), intent)
         for context, response, intent in read(path)
     ]
     return [exchange for exchange in found if exchange.context and exchange.response]
@@ -50,7 +50,8 @@ def both_sides(exchanges: Sequence[Exchange]) -> list[str]:
     return [said for exchange in exchanges for said in (exchange.context[-1], exchange.response)]
 
 
-def _words(text: str, punctuation: bool = False) -> str:
+def smd_words(text: str, punctuation: bool = False) -> str:
+    """Bring what was said into the form of the corpus: lower-cased words, and punctuation in the answers alone."""
     return " ".join(re.findall(_WORD + r"|[.,;:!?]" if punctuation else _WORD, text.lower()))
 
 

@@ -125,19 +125,17 @@ class ControlledTextVAE(Pretrained):
         )
         shared = self.decoder.embedding if share_embedding else None
         self.encoder = LSTMEncoder(vocab_size, embed_dim, hidden_size, embedding=shared, **layers)
-        self.discriminators = nn.ModuleDict(
-            {
-                name: TextClassifier(
-                    vocab_size,
-                    len(values),
-                    embed_dim=embed_dim,
-                    filters=filters,
-                    widths=widths,
-                    dropout=classifier_dropout,
-                    pad_index=pad_index,
-                )
-                for name, values in self.attributes.items()
-            }
+        self.discriminators = nn.ModuleList(  # not by name, which may be any: a column of the user's table
+            TextClassifier(
+                vocab_size,
+                len(values),
+                embed_dim=embed_dim,
+                filters=filters,
+                widths=widths,
+                dropout=classifier_dropout,
+                pad_index=pad_index,
+            )
+            for values in self.attributes.values()
         )
 
     # Wake
@@ -403,7 +401,7 @@ class ControlledTextVAE(Pretrained):
         return torch.cat([z, self.codes(attributes)], 1)
 
     def _logits(self, words: Tensor, lengths: Tensor | None) -> list[Tensor]:
-        return [discriminator(words, lengths) for discriminator in self.discriminators.values()]
+        return [discriminator(words, lengths) for discriminator in self.discriminators]
 
     @torch.no_grad()
     def _known(

@@ -152,7 +152,7 @@ class MixtureVAE(Pretrained):
         self.categorical = family == "categorical"
         _check(self)
         self.code_is_seen = prior == "standard" and components > 1
-        self.code_head = nn.Linear(hidden_size, variables * components)
+        self.code_head = nn.Linear(hidden_size, variables * components).requires_grad_(prior != "none")
         if latent_dim:
             size = variables * latent_dim
             self.head = nn.Linear(hidden_size, size) if self.categorical else GaussianHead(hidden_size, size)

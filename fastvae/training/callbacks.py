@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 
 from fastvae.training.checkpoint import read_checkpoint, replace_atomically
 from fastvae.training.config import KLConfig
@@ -153,6 +153,20 @@ class TimeLimit(Callback):
             trainer.should_stop = True
 
 
+class Patience(EarlyStopping):
+    """Stops a run that no longer gets better, from the first epoch on whose weights may be kept as the best."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Look at the last validation where checks are made at the end of an epoch."""
+        if pl_module.may_be_best:
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Look at this validation where checks are made after each."""
+        if pl_module.may_be_best:
+            super().on_validation_end(trainer, pl_module)
+
+
 class TrainingProgress(Callback):
     """A rich progress bar with the speed, the loss, active units and the time left, and lines of epochs that stay.
 
@@ -225,7 +239,7 @@ class TrainingProgress(Callback):
             return
         speed = int(self._done) * trainer.world_size / (now - self._shown)
         recent = pl_module.recent()
-        terms = "  ".join(f"{LABELS[name]} {recent[name]:.2f}" for name in pl_module.on_bar)
+        terms = "  ".join(f"{LABELS[name]} {recent[name]:.2f}" for name in pl_module.on_bar if name in recent)
         figures = f"{speed:,.0f} {pl_module.unit[1]}/s  {terms}{self._active(trainer)}{self._left(trainer, now)}"
         self._progress.update(self._task, completed=batch_idx + 1, figures=figures)
         self._done, self._shown = 0, now

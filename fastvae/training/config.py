@@ -163,6 +163,13 @@ class TextConfig(RunConfig):
         super().__post_init__()
         if self.streaming and self.valid is None:
             raise ValueError("streaming needs a validation file: give valid (--valid FILE)")
+        if self.streaming and self.data.endswith(".tsv"):
+            raise ValueError(f"streaming is for plain text, one sentence a line, got {self.data}")
+
+
+def training_part(data: str, valid: str | None) -> str:
+    """Return the part of a text that a run is trained on: all of a single file where a validation text is given."""
+    return "all" if valid is not None and Path(data).is_file() else "train"
 
 
 @dataclass(frozen=True)
@@ -271,6 +278,8 @@ class MixtureConfig(TextConfig, KLConfig):
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if self.free_bits:
             raise ValueError(f"free_bits is of sentence_vae and vae, mixture_vae has none; got {self.free_bits}")
+        if self.supervision and (self.streaming or self.valid is not None):
+            raise ValueError("streaming and valid are for text without attributes, not where supervision is given")
 
 
 @dataclass(frozen=True)
@@ -356,7 +365,9 @@ class ControlledConfig(TextConfig, KLConfig):
         for name in ("temperature", "temperature_end"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        if self.pretrain_epochs is not None and self.pretrain_epochs >= self.epochs:
+        if self.pretrain_epochs is None:  # settled here, so that a longer run goes on in the phase it is in
+            object.__setattr__(self, "pretrain_epochs", self.epochs // 2)
+        elif self.pretrain_epochs >= self.epochs:
             raise ValueError(f"pretrain_epochs must be below epochs = {self.epochs}, got {self.pretrain_epochs}")
         for name in ("streaming", "valid"):
             if getattr(self, name):

@@ -27,7 +27,7 @@ from fastvae.training.config import ControlledConfig
 from fastvae.training.datamodule import EpochLoader, RunDataModule, TextDataModule
 from fastvae.training.metrics import Evaluation, evaluate, perplexity
 from fastvae.training.module import TextModule, row_sums, shared_arguments
-from fastvae.training.reports import ReportOptions, Rows, measure_writing, sentence_rows, title_of
+from fastvae.training.reports import IW_SAMPLES, ReportOptions, Rows, measure_writing, sentence_rows, title_of
 
 _OF_MODEL = (
     *("embed_dim", "hidden_size", "latent_dim", "num_layers", "word_dropout", "dropout", "layer_dropout"),
@@ -73,7 +73,8 @@ class LabeledDataModule(TextDataModule):
         valid = valid.up_to(config.longest) if config.longest else valid
         self._valid = LabeledCorpus(valid, self.vocabulary)
         self.valid = TextCorpus(valid.sentences, self.vocabulary)
-        self.pretrain_epochs = config.epochs // 2 if config.pretrain_epochs is None else config.pretrain_epochs
+        assert config.pretrain_epochs is not None
+        self.pretrain_epochs = config.pretrain_epochs
         self.steps(1)  # a wrong batch size is better told now than from inside the trainer
 
     def steps(self, epochs: int) -> int:
@@ -260,7 +261,8 @@ def report_controlled(
         if list(text.attributes[name]) != values:
             raise ValueError(f"{data}: {name} has {', '.join(text.attributes[name])}, the model {', '.join(values)}")
     batches = ordered_batches(LabeledCorpus(text, vocabulary), batch_size, collate_labeled)
-    figures = evaluate(model, batches, iw_samples=options.iw_samples, **options.source)
+    iw_samples = IW_SAMPLES if options.iw_samples is None else options.iw_samples
+    figures = evaluate(model, batches, iw_samples=iw_samples, **options.source)
     right, known, found, generated = _attributes_found(model, batches, batch_size, seed)
     names = list(model.attributes)
     result = ControlledEvaluation(

@@ -29,7 +29,7 @@ from fastvae.data.arrays import load_arrays
 from fastvae.data.corpus import process_rank
 from fastvae.training.array_models import resolved_scaling
 from fastvae.training.batches import ordered_batches
-from fastvae.training.config import ArrayConfig, TextConfig
+from fastvae.training.config import ArrayConfig, TextConfig, training_part
 
 RESIDENT_BYTES = 2 << 30  # of rows that are held on a CPU as one tensor
 
@@ -166,7 +166,7 @@ def training_sentences(config: TextConfig) -> Iterable[str]:
     """Return the training sentences: all of a single file where a validation text is given."""
     if config.streaming:
         return read_sentences(config.data)
-    return load_text(config.data, "all" if config.valid is not None and Path(config.data).is_file() else "train")
+    return load_text(config.data, training_part(config.data, config.valid))
 
 
 def validation_sentences(config: TextConfig) -> Iterable[str]:

@@ -92,8 +92,23 @@ def answer(
     """
     if not context or not all(said.split() for said in context):
         raise ValueError("context must be utterances, each with a word")
+    row = encode_context(vocabulary, context, most_words)
+    return _answers(model, vocabulary, row, codes=codes, count=count, seed=seed, **options)
+
+
+def _answers(
+    model: DialogueModel,
+    vocabulary: Vocabulary,
+    context: Tensor,
+    *,
+    codes: Sequence[Sequence[int]] | None = None,
+    count: int = 5,
+    seed: int = 0,
+    **options: Any,
+) -> list[Answer]:
+    """Answer a context of tokens, int64 `(time,)`; arguments as `answer`."""
     device = model.policy.weight.device
-    row = encode_context(vocabulary, context, most_words).unsqueeze(0).to(device)
+    row = context.unsqueeze(0).to(device)
     if codes is None:
         found, log_p = model.actions(row, n=min(_LIKELIEST, model.vae.components**model.vae.variables))
         chosen, scores = found[0], log_p[0]
@@ -182,7 +197,8 @@ def evaluate_dialogue(
 def report_dialogue(model: DialogueModel, vocabulary: Vocabulary, options: ReportOptions) -> tuple[Figures, str, Rows]:
     """Measure a `DialogueModel`; arguments and result as `fastvae.training.reports.report_sentences`."""
     exchanges = load_exchanges(options.data, options.split)
-    result = evaluate_dialogue(model, vocabulary, exchanges, batch_size=options.batch_size, **options.source)
+    how: dict[str, Any] = options.source | {"context_words": options.context_words}
+    result = evaluate_dialogue(model, vocabulary, exchanges, batch_size=options.batch_size, **how)
     rows = [
         ("NLL", f"{result.nll:.4f}", "nats an answer, given its code"),
         ("PPL", f"{result.ppl:.4f}", "a predicted token"),
@@ -209,8 +225,8 @@ def answers_text(
     lines = []
     for real, context in exchanges:
         said = [vocabulary.decode(part) for part in _utterances(context, vocabulary)]
-        lines += [" / ".join(said), f"  {vocabulary.decode(real)}"]
-        for one in answer(model, vocabulary, said, most_words=0, seed=seed):
+        lines += [" / ".join(filter(None, said)), f"  {vocabulary.decode(real)}"]
+        for one in _answers(model, vocabulary, context, seed=seed):
             lines.append(f"    {'-'.join(map(str, one.codes))} ({one.probability:.2f}) -> {one.text}")
         lines.append("")
     return "\n".join(lines)

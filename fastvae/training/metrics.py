@@ -47,8 +47,9 @@ class Figures:
         return asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the figures as JSON, atomically."""
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        """Write the figures as JSON, atomically; null for those that are not finite, which JSON has no word for."""
+        figures = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.to_dict().items()}
+        text = json.dumps(figures, indent=2, allow_nan=False) + "\n"
         replace_atomically(path, lambda file: file.write(text.encode()))
 
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from fastvae.data import TextCorpus, Vocabulary
 from fastvae.data.labeled import LabeledCorpus, collate_labeled, load_labeled
 from fastvae.models import MixtureVAE
+from fastvae.models.mixture_vae import KINDS
 from fastvae.training.batches import ordered_batches
 from fastvae.training.config import MixtureConfig
 from fastvae.training.datamodule import RunDataModule, TextDataModule
@@ -52,9 +53,11 @@ class MixtureDataModule(TextDataModule):
         train, valid = (load_labeled(config.data, split).only(names) for split in ("train", "valid"))
         if len(names) > config.variables:
             raise ValueError(f"supervision: expected at most {config.variables} attributes, got {config.supervision}")
+        components = KINDS[config.kind].get("components", config.components)
         for name, values in train.attributes.items():
-            if len(values) > config.components:
-                raise ValueError(f"supervision: {name} has {len(values)} values, and a code {config.components}")
+            if len(values) > components:
+                most = f"a code of {config.kind} has {components}"
+                raise ValueError(f"supervision: {name} has {len(values)} values, and {most}")
         self.vocabulary = vocabulary or Vocabulary.build(
             train.sentences, max_size=config.vocab_size, min_count=config.min_count
         )

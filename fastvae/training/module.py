@@ -98,6 +98,7 @@ class RunModule(LightningModule):
         self.stop_requested = False  # set by a signal handler of this process
         self._stop_agreed = False
         self._schedule: Schedule = make_schedule("constant", weight=1.0)
+        self._planned_steps: int | None = None  # of the run as it began, which a resumed one may be made longer than
         self._totals = self._no_sums()  # of this epoch, over all processes
         self._recent = self._no_sums()  # of the last `log_every` steps
         self._unchecked: list[tuple[int, Tensor]] = []
@@ -153,7 +154,9 @@ class RunModule(LightningModule):
     def on_fit_start(self) -> None:
         """Learn the length of the run."""
         if isinstance(self.config, KLConfig):
-            self._schedule = kl_schedule(self.config, self._total_steps())
+            if self._planned_steps is None:
+                self._planned_steps = self._total_steps()
+            self._schedule = kl_schedule(self.config, self._planned_steps)
 
     def _total_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches
@@ -300,6 +303,7 @@ class RunModule(LightningModule):
         checkpoint["train_config"] = self.config.to_dict()
         checkpoint["epoch_totals"] = torch.stack([self._totals, self._recent]).cpu()
         checkpoint["position"] = self._position()
+        checkpoint["planned_steps"] = self._planned_steps
 
     def _position(self) -> dict[str, int]:
         """Return the epochs done, and the batches done of the one that is running."""
@@ -310,8 +314,9 @@ class RunModule(LightningModule):
         return {"epoch": epochs.processed, "batch": batch, "step": self.global_step}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the running sums of an interrupted epoch."""
+        """Restore the running sums of an interrupted epoch, and the course of the KL weight."""
         self._totals, self._recent = checkpoint["epoch_totals"].clone()
+        self._planned_steps = checkpoint.get("planned_steps")
 
 
 class TextModule(RunModule):

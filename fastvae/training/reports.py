@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastvae.models import SentenceVAE
     from fastvae.training.mixture_metrics import MixtureEvaluation
 
+IW_SAMPLES = 100  # unless told otherwise
 Rows = list[tuple[str, str, str]]  # name, value, unit
 _Text = TypeVar("_Text", bound=TextFigures)
 
@@ -26,9 +27,10 @@ class ReportOptions:
 
     Args:
         data, split: the text, as `load_text`.
-        training_data: what the model was trained on; `data` when None.
-        iw_samples: of the importance-weighted bound; 0 leaves it out.
+        training_data, training_split: what the model was trained on; `data` when None.
+        iw_samples: of the importance-weighted bound; 0 leaves it out, None means 100 where the model has one.
         samples, reverse_samples: as `measure_writing`.
+        context_words: of a dialogue, as `fastvae.training.dialogue_metrics.evaluate_dialogue`.
         batch_size: sentences at a time.
         seed: of every draw.
     """
@@ -36,9 +38,11 @@ class ReportOptions:
     data: str
     split: str
     training_data: str | None = None
-    iw_samples: int = 0
+    training_split: str = "train"
+    iw_samples: int | None = 0
     samples: int = 0
     reverse_samples: int = 0
+    context_words: int = 60
     batch_size: int = 32
     seed: int = 0
 
@@ -52,6 +56,7 @@ class ReportOptions:
         """The arguments of `measure_writing`, the seed left out."""
         return {
             "training_data": self.training_data or self.data,
+            "training_split": self.training_split,
             "samples": self.samples,
             "reverse_samples": self.reverse_samples,
         }
@@ -69,7 +74,9 @@ def report_sentences(model: SentenceVAE, vocabulary: Vocabulary, options: Report
     """
     sentences = load_text(options.data, options.split)
     batches = ordered_batches(TextCorpus(sentences, vocabulary), options.batch_size)
-    result = evaluate(model, batches, iw_samples=options.iw_samples, **options.source)
+    usual = IW_SAMPLES if model.regularizer == "kl" else 0  # others have no density to weigh samples by
+    iw_samples = usual if options.iw_samples is None else options.iw_samples
+    result = evaluate(model, batches, iw_samples=iw_samples, **options.source)
     result = measure_writing(result, model, vocabulary, sentences, seed=options.seed, **options.writing)
     return result, title_of(result), sentence_rows(result)
 
@@ -98,6 +105,7 @@ def measure_writing(
     sentences: Sequence[str],
     *,
     training_data: str = "",
+    training_split: str = "train",
     samples: int = 0,
     reverse_samples: int = 0,
     seed: int = 0,
@@ -109,7 +117,7 @@ def measure_writing(
         model: with the methods `reconstruct` and `sample` of a `SentenceVAE`; in evaluation mode.
         vocabulary: of the model.
         sentences: to write again, and on which reverse PPL is measured.
-        training_data: whose training part word_kl compares with; needed with `reverse_samples` alone.
+        training_data, training_split: what word_kl compares with; needed with `reverse_samples` alone.
         samples: sentences to draw for self-BLEU and distinct n-grams; 0 leaves them out.
         reverse_samples: sentences to draw for reverse PPL and word-KL, on which a language model is trained for
             up to 10 epochs; 0 leaves them out.
@@ -140,7 +148,7 @@ def measure_writing(
         figures |= {
             "reverse_samples": reverse_samples,
             "reverse_ppl": text_metrics.reverse_perplexity(some, sentences, vocabulary, seed=seed, device=device),
-            "word_kl": text_metrics.word_kl(some, load_text(training_data), vocabulary),
+            "word_kl": text_metrics.word_kl(some, load_text(training_data, training_split), vocabulary),
         }
     return replace(result, **figures)
 

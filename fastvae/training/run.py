@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -28,6 +27,7 @@ from fastvae.training.callbacks import (
     LABELS,
     AtomicCheckpointIO,
     Interrupted,
+    Patience,
     RunCheckpoints,
     StepMetrics,
     TimeLimit,
@@ -181,11 +181,12 @@ def build_module(config: RunConfig, data: TextDataModule | ArrayDataModule) -> R
 def _checkpoint_to_resume(config: RunConfig) -> dict[str, Any]:
     checkpoint = read_checkpoint(checkpoint_path(config.out, "last"))
     before, now = checkpoint["train_config"], config.to_dict()
-    before = before | {"model": before.get("model") or TrainConfig.model}  # which once was the only one
+    model = before.get("model") or TrainConfig.model  # which once was the only one
+    if model != now["model"]:
+        raise ValueError(f"{config.out} holds a run of {model}, which cannot go on as {now['model']}")
     # Settings younger than the run were what is their default now.
-    before = {name: field.default for name, field in type(config).__dataclass_fields__.items()} | before
-    if before["model"] != now["model"]:
-        raise ValueError(f"{config.out} holds a run of {before['model']}, which cannot go on as {now['model']}")
+    known = {name: before[name] for name in now if name in before}
+    before = type(config).from_mapping(known | {"model": model}).to_dict()
     for name, value in now.items():
         if name not in _CHANGEABLE and before[name] != value:
             raise ValueError(
@@ -215,7 +216,7 @@ def _trainer(config: RunConfig, module: RunModule, checkpoints: RunCheckpoints, 
     if config.max_minutes:
         callbacks.append(TimeLimit(config.max_minutes))
     if config.patience:
-        callbacks.append(EarlyStopping(module.monitor, patience=config.patience, mode="min"))
+        callbacks.append(Patience(module.monitor, patience=config.patience, mode="min"))
     loggers: list[Logger] = [MetricsFile(folder / "metrics.csv", resume_step, module.terms)]
     if TENSORBOARD:
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))

@@ -53,8 +53,8 @@ def test_unknown_attributes_are_those_the_discriminators_draw():
     model, tokens = make().eval(), sentences()
     sure = {"sentiment": 1, "tense": 2}
     with torch.no_grad():
-        for name, value in sure.items():
-            model.discriminators[name].output.bias[value] = 50
+        for discriminator, value in zip(model.discriminators, sure.values(), strict=True):
+            discriminator.output.bias[value] = 50
     found = torch.tensor([list(sure.values())]).expand(6, 2)
     known = model(tokens, LENGTHS, found, generator=generator())
     half = torch.where(torch.tensor([[True, False]]), found, -1)
@@ -75,7 +75,7 @@ def test_terms_of_the_sleep_phase():
     soft = model.decoder.generate_soft(torch.cat([z, model.codes(KNOWN)], 1), 5, 0.6, seed=seed)
     for row in range(6):  # one by one, without padding
         words = soft.words[row : row + 1, : soft.lengths[row]]
-        each = [discriminator(words).log_softmax(-1)[0] for discriminator in model.discriminators.values()]
+        each = [discriminator(words).log_softmax(-1)[0] for discriminator in model.discriminators]
         nll = -sum(log_probs[value] for log_probs, value in zip(each, KNOWN[row], strict=True))
         torch.testing.assert_close(output.attribute_nll[row], nll)
         inputs = torch.cat([F.one_hot(torch.tensor([[2]]), V).double(), words], 1) @ model.encoder.embedding.weight
@@ -93,7 +93,7 @@ def test_terms_of_the_discriminators():
     output = model.discriminate(tokens[:, 1:], LENGTHS - 1, attributes)
     for row in range(6):
         words = tokens[row : row + 1, 1 : LENGTHS[row]]
-        each = [torch.distributions.Categorical(logits=d(words)[0]) for d in model.discriminators.values()]
+        each = [torch.distributions.Categorical(logits=d(words)[0]) for d in model.discriminators]
         nll = -sum(q.logits[value] for q, value in zip(each, attributes[row], strict=True) if value >= 0)
         torch.testing.assert_close(output.nll[row], nll)
         torch.testing.assert_close(output.entropy[row], sum(q.entropy() for q in each))
@@ -189,3 +189,11 @@ def test_wrong_attributes_are_named():
         model.sample(2, {"mood": "good"})
     with pytest.raises(ValueError, match="tense: expected one of past, present, future, got 'now'"):
         model.transfer(tokens, LENGTHS, {"tense": "now"})
+
+
+def test_attributes_may_have_any_name():
+    names = ["type", "train", "v1.0", "values"]
+    attributes = {name: ["a", "b"] for name in names}
+    model = ControlledTextVAE(9, attributes, embed_dim=4, hidden_size=5, latent_dim=3, max_length=3)
+    found = model.find_attributes(torch.full((2, 4), 7))
+    assert found.shape == (2, len(names))

@@ -305,3 +305,11 @@ def test_model_under_autocast():
     assert mixed.loss.dtype == mixed.nll.dtype == mixed.kl.dtype == torch.float32
     torch.testing.assert_close(mixed.nll, plain.nll, rtol=0.02, atol=0.02)
     torch.testing.assert_close(mixed.kl, plain.kl, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_that_learns_has_a_gradient(kind):
+    """Several processes wait for the gradients of all of them."""
+    model = make_model(kind).train()
+    model(sentences(), LENGTHS).loss.backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())

@@ -90,3 +90,8 @@ def test_a_file_wins_over_a_name(tmp_path, monkeypatch):
     for name in ("../configs/ptb_lstm_4_epochs", "ptb_lstm_4_epochs.yaml", ""):
         with pytest.raises(FileNotFoundError, match=r"nor settings of that name: there are .*ptb_lstm_4_epochs"):
             settings_path(name)
+
+
+def test_a_table_cannot_be_streamed():
+    with pytest.raises(ValueError, match=r"streaming is for plain text, one sentence a line, got t\.tsv"):
+        TrainConfig(data="t.tsv", valid="v.txt", streaming=True)

@@ -1,3 +1,4 @@
+import json
 import math
 import random
 import signal
@@ -8,7 +9,8 @@ import torch
 
 pytest.importorskip("lightning")
 
-from fastvae.data import load_labeled
+from fastvae.cli import main
+from fastvae.data import load_labeled, load_text
 from fastvae.data.assistant import SENTIMENTS, assistant_grammar, assistant_utterances
 from fastvae.models import ControlledTextVAE
 from fastvae.training.checkpoint import load_run, read_checkpoint
@@ -167,6 +169,40 @@ def test_interrupted_and_resumed_equals_uninterrupted(whole_run, tmp_path, monke
     for name, tensor in a["state_dict"].items():
         assert torch.equal(tensor, b["state_dict"][name]), name
     assert Path(whole_run.out, "metrics.csv").read_text() == Path(config.out, "metrics.csv").read_text()
+
+
+def test_a_longer_run_stays_in_the_phase_it_is_in(table, tmp_path):
+    config = ControlledConfig(data=str(table), out=str(tmp_path), **(SMALL | {"pretrain_epochs": None}))
+    assert config.pretrain_epochs == 2
+    train(config)
+    longer = ControlledConfig(**config.to_dict() | {"epochs": 6})
+    train(longer, resume=True)
+    rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "train_epoch/neg_elbo" in row]
+    assert ["train_epoch/control" in row for row in rows] == [False, False, True, True, True, True]
+
+
+def test_patience_begins_with_the_sleep_phase(table, tmp_path):
+    settings = SMALL | {"lr": 1e-9, "epochs": 12, "pretrain_epochs": 6, "patience": 2}
+    result = train(ControlledConfig(data=str(table), out=str(tmp_path), **settings))  # which learns nothing
+    rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "valid/objective" in row]
+    assert 6 + 3 <= len(rows) < 12
+    assert math.isfinite(result.best)
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_a_folder_of_tables_is_measured(table, tmp_path):
+    header, *rows = table.read_text().splitlines()
+    data = tmp_path / "tables"
+    data.mkdir()
+    for split, part in (("train", rows[:80]), ("valid", rows[80:120]), ("test", rows[120:])):
+        (data / f"{split}.tsv").write_text("\n".join([header, *part]) + "\n")
+    folder = str(tmp_path / "run")
+    train(ControlledConfig(data=str(data), out=folder, **SMALL))
+    sampled = ["--iw-samples", "2", "--samples", "20", "--reverse-samples", "40"]
+    assert main(["evaluate", folder, *sampled]) == 0
+    figures = json.loads(Path(folder, "evaluation_test.json").read_text())
+    assert figures["reverse_ppl"] > 1  # word_kl is infinite where the model writes <unk>
+    assert load_text(data, "test") == load_labeled(data, "test").sentences
 
 
 def test_a_term_that_is_not_finite_is_named(table, tmp_path, monkeypatch):

@@ -100,6 +100,32 @@ def test_commands(runs, capsys):
     assert "dialogue" in capsys.readouterr().err
 
 
+def test_what_is_said_is_read_as_the_corpus_has_it(runs, capsys):
+    result, _ = runs
+    for said in ("where is the park", "Where is the park?"):
+        assert main(["respond", str(result.folder), said]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+    assert main(["respond", str(result.folder), "?!"]) == 2
+    assert "context must be utterances, each with a word" in capsys.readouterr().err
+
+
+def test_the_context_is_cut_alike_in_training_samples_and_evaluation(runs, tmp_path):
+    _, config = runs
+    for words in (1, 2, 6):  # of 6 and of 5 tokens, <s> and </s> counted
+        settings = {"context_words": words, "epochs": 1, "out": str(tmp_path / str(words))}
+        result = train(DialogueConfig(**config.to_dict() | settings))
+        assert (result.folder / "samples.txt").read_text().count("->") >= 8
+        model, vocabulary, _ = load_run(result.folder)
+        assert main(["evaluate", str(result.folder)]) == 0
+        found = json.loads((result.folder / "evaluation_test.json").read_text())
+        expected = evaluate_dialogue(model, vocabulary, load_exchanges("smd", "test"), context_words=words)
+        assert found["policy_nll"] == pytest.approx(expected.policy_nll, rel=1e-6)
+        if words == 1:  # every context is </s>
+            whole = evaluate_dialogue(model, vocabulary, load_exchanges("smd", "test"))
+            assert found["policy_nll"] != pytest.approx(whole.policy_nll, rel=1e-6)
+
+
 def test_a_resumed_run_goes_on(runs, tmp_path):
     _, config = runs
     settings = config.to_dict() | {"out": str(tmp_path / "part"), "epochs": 1}

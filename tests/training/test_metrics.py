@@ -156,3 +156,9 @@ def test_nothing_to_evaluate_and_damaged_weights(model, batches):
         model.decoder.output.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="reconstruction NLL is nan"):
         evaluate(model, [TextBatch(*batches[0])])
+
+
+def test_figures_that_are_not_finite_are_null(tmp_path):
+    metrics.TextFigures(word_kl=math.inf, bleu=math.nan, reverse_ppl=3.0).save(tmp_path / "e.json")
+    figures = json.loads((tmp_path / "e.json").read_text())
+    assert (figures["word_kl"], figures["bleu"], figures["reverse_ppl"]) == (None, None, 3.0)

@@ -1,5 +1,6 @@
 """Runs of `MixtureVAE`: training, what is measured, the command."""
 
+import json
 import math
 import random
 
@@ -173,7 +174,7 @@ def test_command_interpret(mixture, tmp_path, capsys):
     assert "no codes" in capsys.readouterr().err
 
 
-def test_codes_are_taught_by_labels(tmp_path):
+def test_codes_are_taught_by_labels(tmp_path, capsys):
     """The first code learns the verb of a table of sentences, whatever it would be of itself."""
     draw = random.Random(0)
     rows = [(draw.choice(("likes", "sees", "calls")), draw.choice("abcd"), draw.choice("efgh")) for _ in range(200)]
@@ -191,7 +192,19 @@ def test_codes_are_taught_by_labels(tmp_path):
     codes = code_probabilities(model, vocabulary, text.sentences).argmax(-1)[:, 0].numpy()
     known = text.labels[:, 0] >= 0
     assert (codes == text.labels[:, 0])[known].all()
-    with pytest.raises(ValueError, match="supervision: verb has 3 values, and a code 2"):
+    with pytest.raises(ValueError, match="supervision: verb has 3 values, and a code of dcm_vae has 2"):
         train(MixtureConfig(**config.to_dict() | {"components": 2, "out": str(tmp_path / "few")}))
     with pytest.raises(ValueError, match="attributes must be of verb, got 'noun'"):
         train(MixtureConfig(**config.to_dict() | {"supervision": "noun", "out": str(tmp_path / "none")}))
+    with pytest.raises(ValueError, match="supervision: verb has 3 values, and a code of vae has 1"):
+        train(MixtureConfig(**config.to_dict() | {"kind": "vae", "out": str(tmp_path / "vae")}))
+    for changes in ({"valid": "other.txt"}, {"valid": "other.txt", "streaming": True}):
+        with pytest.raises(ValueError, match="streaming"):
+            MixtureConfig(**config.to_dict() | changes)
+    assert main(["evaluate", str(result.folder)]) == 0  # sentences, not rows of the table
+    figures = json.loads((result.folder / "evaluation_test.json").read_text())
+    assert figures["tokens"] == 4 * figures["sentences"]
+    assert main(["map", str(result.folder), "--color", "verb"]) == 0
+    capsys.readouterr()
+    assert main(["nearest", str(result.folder), "a e likes", "-n", "1"]) == 0
+    assert "\t" not in capsys.readouterr().out

@@ -8,7 +8,7 @@ pytest.importorskip("lightning")
 import rich.console
 
 from fastvae.training import callbacks
-from fastvae.training.config import VAEConfig
+from fastvae.training.config import ControlledConfig, VAEConfig
 from fastvae.training.metrics import evaluate
 from fastvae.training.module import SentenceVAEModule
 from fastvae.training.run import train
@@ -98,3 +98,15 @@ def test_active_units_of_a_model_of_images(screen, tmp_path):
     small = {"data": "digits", "epochs": 3, "hidden": (16,), "accelerator": "cpu", "latent_dim": 3, "beta": 0.0}
     train(VAEConfig(**small, out=str(tmp_path / "vae")))
     assert re.search(r"epoch   3  step .*active [23]", screen.getvalue())
+
+
+def test_bar_has_what_is_known_in_each_phase_of_controlled_generation(screen, tmp_path):
+    table = tmp_path / "table.tsv"
+    moods = {"good": "anna likes jazz", "bad": "ben hates rain"}
+    rows = [f"{mood}\t{text}" for mood, text in moods.items()] * 20
+    table.write_text("\n".join(["mood\ttext", *rows]) + "\n")
+    sizes = {"embed_dim": 8, "hidden_size": 8, "latent_dim": 2, "filters": 2, "batch_size": 12, "accelerator": "cpu"}
+    train(ControlledConfig(data=str(table), out=str(tmp_path / "run"), epochs=2, pretrain_epochs=1, **sizes))
+    bars = [line for line in re.split(r"[\r\n]", screen.getvalue()) if "tokens/s" in line]
+    assert not any("control" in line for line in bars if "epoch 1" in line)
+    assert any("  control 0." in line or "  control 1." in line for line in bars if "epoch 2" in line)

@@ -151,6 +151,16 @@ def test_more_epochs_after_a_finished_run(settings, tmp_path):
     assert_same_training(last(whole), last(parts))
 
 
+def test_the_course_of_the_kl_weight_stays_that_of_the_run_as_it_began(settings, tmp_path):
+    config = settings(epochs=3, kl_steps=0)  # a third of 27 steps
+    train(config)
+    train(TrainConfig(**(config.to_dict() | {"epochs": 6})), resume=True)
+    train(TrainConfig(**(config.to_dict() | {"epochs": 9})), resume=True)
+    rows = [row for row in read_metrics(f"{config.out}/metrics.csv") if "valid/kl" in row]
+    assert [row["step"] for row in rows] == [9 * epoch for epoch in range(1, 10)]
+    assert all(row["kl_weight"] == 1.0 for row in rows)
+
+
 def test_a_crash_loses_no_more_than_the_steps_since_the_checkpoint(uninterrupted, tmp_path, monkeypatch):
     config = TrainConfig(**(uninterrupted.to_dict() | {"out": str(tmp_path), "checkpoint_every": 5}))
     with monkeypatch.context() as patch:
