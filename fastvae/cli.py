@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from fastvae.training.config import (
     CHOICES,
     CONFIGS,
+    SEEDS,
     RunConfig,
     TextConfig,
     TrainConfig,
@@ -199,6 +201,13 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return " ".join(str(error).split())
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < SEEDS:
+        raise argparse.ArgumentTypeError(f"expected at least 0 and below 2^32, got {seed}")
+    return seed
 
 
 class _Parser(argparse.ArgumentParser):
@@ -395,7 +404,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 _EVALUATE_HELP = """\
 examples:
-  fastvae evaluate run                                the test part of the data the run was trained on
+  fastvae evaluate run                                the test part of the run's data, or its validation text (--valid)
   fastvae evaluate run --split valid --iw-samples 500
   fastvae evaluate run --data other.txt --out other.json
   fastvae evaluate run --reverse-samples 40000        with reverse PPL, which trains a language model
@@ -436,7 +445,7 @@ def _add_evaluate(parser: _Parser) -> None:
     parser.add_argument(
         "--batch-size", type=int, metavar="INT", help="sentences [32], or images or vectors [256], at a time"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of the samples [0]")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="INT", help="of the samples [0]")
     parser.add_argument("--out", metavar="FILE", help="JSON to write [RUN/evaluation_SPLIT.json]")
 
 
@@ -505,10 +514,11 @@ def _evaluate_array(arguments: argparse.Namespace, loaded: _Loaded) -> int:
         errors = evaluate_autoencoder(model, batches, **about)
         bernoulli = getattr(model.model, "likelihood", "") == "bernoulli"
         what = "Bernoulli NLL in nats" if bernoulli else "1/2 |x - reconstruction|^2"
+        explained = "-" if math.isnan(errors.explained) else f"{100 * errors.explained:.2f} %"
         rows = [
             ("error", f"{errors.error:.4f}", f"{unit}: {what}, of the scaled numbers"),
             ("squared error", f"{errors.squared_error:.4g}", "a number, in units of the data"),
-            ("explained", f"{100 * errors.explained:.2f} %", "of the variance"),
+            ("explained", explained, "of the variance"),
         ]
         _show(title, rows)
         return _save_evaluation(arguments, errors)
@@ -602,7 +612,7 @@ def _add_decoding(parser: _Parser, strategy: str) -> None:
     group.add_argument("--top-p", type=float, metavar="P", help="draw among the words that hold this probability [1.0]")
     group.add_argument("--beam-size", type=int, metavar="INT", help="of strategy beam [5]")
     group.add_argument("--max-length", type=int, metavar="INT", help="most words a sentence [60]")
-    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of everything random [0]")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="INT", help="of everything random [0]")
     parser.set_defaults(usual_strategy=strategy)
 
 
@@ -836,7 +846,7 @@ def _add_interpret(parser: _Parser) -> None:
         "--split", choices=("train", "valid", "test", "all"), help="part of it [test; all of a new file]"
     )
     parser.add_argument("-n", "--count", type=int, default=5, metavar="INT", help="sentences of each code [5]")
-    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of the sentences that are written [0]")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="INT", help="of the sentences that are written [0]")
     parser.add_argument("--out", metavar="NAME", help="of the .html and the .png [RUN/codes]")
 
 
@@ -1005,7 +1015,7 @@ def _add_map(parser: _Parser) -> None:
     parser.add_argument("--color", default="length", metavar="LABELS", help="length, labels by name or a file [length]")
     parser.add_argument("--method", choices=("pca", "tsne"), default="pca", help="how z becomes a plane [pca]")
     parser.add_argument("-n", "--count", type=int, default=2000, metavar="INT", help="most sentences [2000]")
-    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of t-SNE [0]")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="INT", help="of t-SNE [0]")
     parser.add_argument("--out", metavar="FILE", help="PNG to write [RUN/map.png]")
 
 

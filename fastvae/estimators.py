@@ -617,7 +617,8 @@ class MiniBatchDictionaryLearning(_DictionaryLearning):
             self._begin(X, dtype)
         size = min(self.batch_size, len(X))
         per_pass = _largest(math.ceil(len(X) / size), self.device)
-        if not (resumes and getattr(self, "interrupted_", False)):
+        of_these_rows = len(getattr(self, "dual_gap_", ())) == len(X)
+        if not (resumes and getattr(self, "interrupted_", False) and of_these_rows):
             self._target = self.n_steps_ + self.max_iter * per_pass
             self._smoothed = self._best = math.inf
             self._first_step, self._no_improvement = self.n_steps_, 0

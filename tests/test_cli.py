@@ -154,6 +154,12 @@ def test_mistakes_of_the_command_line(capsys):
     assert "epochs must be at least 1, got 0" in fails(capsys, "train", "--data", "x", "--epochs", "0")
 
 
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_seeds_have_a_range(capsys, run_folder, command):
+    for seed in ("-1", str(2**64)):
+        assert "--seed: expected at least 0 and below 2^32" in fails(capsys, command, str(run_folder), "--seed", seed)
+
+
 def test_mistakes_of_a_settings_file(capsys, tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("data: x\nlatent_dims: 3\n")

@@ -1,5 +1,6 @@
 """The estimators: scikit-learn's own checks, its results, planted dictionaries, files, interruptions, processes."""
 
+import math
 import os
 import pickle
 import subprocess
@@ -279,6 +280,17 @@ def test_an_interrupted_fit_is_usable_and_goes_on_exactly(data, pickled):
     assert len(model.objective_) == 16
     model.fit(data)  # was finished: as many passes more
     assert model.n_iter_ == 8
+
+
+def test_other_data_after_an_interrupted_fit_are_passed_over_anew(data):
+    options = {"alpha": 0.2, "batch_size": 40, "max_iter": 2, "random_state": 3} | UNTIL_THE_END
+    model = MiniBatchDictionaryLearning(10, warm_start=True, callback=interrupt_at(2), **options)
+    with pytest.warns(UserWarning, match="interrupted"):
+        model.fit(data)
+    more = np.concatenate([data, data])
+    model.set_params(callback=None).fit(more)
+    assert model.n_steps_ == 3 + 2 * math.ceil(len(more) / 40)
+    assert len(model.dual_gap_) == len(more)
 
 
 def test_full_iterations_can_be_interrupted_and_go_on(data):

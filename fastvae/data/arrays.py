@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -231,8 +232,10 @@ def read_npy(path: str | os.PathLike[str]) -> NDArray[Any]:
         raise FileNotFoundError(f"no file at {path}")
     try:
         array = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, BadZipFile) as error:
         raise ValueError(f"{path} is no array of numbers that numpy.save wrote: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} holds several arrays, as numpy.savez wrote them; expected one, of numpy.save")
     if array.dtype.kind not in "fiub" or array.ndim not in (2, 3, 4):
         raise ValueError(
             f"{path}: expected real numbers of shape (samples, features) or (images, height, width[, channels]), "
@@ -268,20 +271,23 @@ def read_image(path: Path, mode: str, size: int = 0) -> NDArray[Any]:
     Raises:
         ValueError: it cannot be read as an image.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as opened:
             image = opened.convert(mode)
             return np.asarray(ImageOps.fit(image, (size, size)) if size else image)
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a damaged PNG
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
 def _image_folder(folder: Path, size: int) -> Samples:
     files = image_files(folder)
-    modes = {_image_mode(file) for file in files}
-    mode = "RGB" if "RGB" in modes else "F" if "F" in modes else "L"
+    modes = {_image_mode(file): file.name for file in files}
+    if "F" in modes and len(modes) > 1:
+        deep, other = modes.pop("F"), next(iter(modes.values()))
+        raise ValueError(f"{folder}: images must have one range, but {deep} has more than 8 bits a pixel, {other} 8")
+    mode = next(name for name in ("RGB", "F", "L") if name in modes)
     images: list[NDArray[Any]] = []
     for file in files:
         image = read_image(file, mode, size)
@@ -300,12 +306,12 @@ def _image_folder(folder: Path, size: int) -> Samples:
 
 
 def _image_mode(path: Path) -> str:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as opened:
             mode = opened.mode
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
     return "L" if mode in ("1", "L", "LA") else "F" if mode[0] in "IF" else "RGB"
 

@@ -65,7 +65,8 @@ def build_array_model(settings: dict[str, Any]) -> nn.Module:
         return LinearAutoEncoder(prod(shape), latent_dim, tied=settings["tied"])
     encoder, decoder, features = _networks(settings, shape, scaling.levels if likelihood == "categorical" else 0)
     if name == "denoising_autoencoder":
-        low, high = (0.0, 1.0) if scaling.kind in ("unit", "binary") else (-2.0, 2.0)
+        ends = {"standard": (-2.0, 2.0), "none": (scaling.low, scaling.high)}
+        low, high = ends.get(scaling.kind, (0.0, 1.0))
         return DenoisingAutoEncoder(
             nn.Sequential(
                 *(encoder if isinstance(encoder, nn.Sequential) else [encoder]), nn.Linear(features, latent_dim)

@@ -56,7 +56,7 @@ class RunCheckpoints(Checkpoint):
     """Keeps checkpoints/last.ckpt and checkpoints/best.ckpt (lowest of what the module monitors), and stops on Ctrl-C.
 
     The best model is also kept in the folder above, as `Pretrained.save_pretrained` writes it.
-    `last` is written after each epoch's validation, every `every` steps, and when a stop is requested. The
+    `last` is written after each epoch's validation, every `every` steps, and when a stop is requested or due. The
     first Ctrl-C lets the step finish, saves and raises `Interrupted`; a second one stops at once without
     saving. A `Checkpoint` to Lightning, whose hook at the end of an epoch runs after the module's.
 
@@ -70,6 +70,7 @@ class RunCheckpoints(Checkpoint):
         self.best = Path(folder) / "best.ckpt"
         self.every = every
         self.best_value = math.inf
+        self._cut = False  # the epoch, by the time limit
         self._previous_handler: Any = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,8 +95,8 @@ class RunCheckpoints(Checkpoint):
 
         self._previous_handler = signal.signal(signal.SIGINT, request_stop)
 
-    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Hand Ctrl-C back."""
+    def release(self) -> None:
+        """Hand Ctrl-C back, however the training ended."""
         if self._previous_handler is not None:
             signal.signal(signal.SIGINT, self._previous_handler)
             self._previous_handler = None
@@ -107,7 +108,10 @@ class RunCheckpoints(Checkpoint):
         if pl_module.stopping:
             trainer.save_checkpoint(self.last)
             raise Interrupted
-        if self.every and pl_module.global_step % self.every == 0:
+        if trainer.should_stop:  # what comes is a validation; a resumed run goes on from here
+            self._cut = True
+            trainer.save_checkpoint(self.last)
+        elif self.every and pl_module.global_step % self.every == 0:
             trainer.save_checkpoint(self.last)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -118,7 +122,12 @@ class RunCheckpoints(Checkpoint):
             trainer.save_checkpoint(self.best)
             if trainer.is_global_zero:
                 pl_module.model.save_pretrained(self.best.parents[1])
-        trainer.save_checkpoint(self.last)
+        if not self._cut:
+            trainer.save_checkpoint(self.last)
+        elif trainer.is_global_zero:
+            checkpoint = read_checkpoint(self.last)
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
+            replace_atomically(self.last, lambda file: torch.save(checkpoint, file))
         if pl_module.stopping:
             raise Interrupted
 
@@ -156,6 +165,10 @@ class TimeLimit(Callback):
 class Patience(EarlyStopping):
     """Stops a run that no longer gets better, from the first epoch on whose weights may be kept as the best."""
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore how long nothing got better; the patience is that of the resumed run."""
+        super().load_state_dict(state_dict | {"patience": self.patience})
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Look at the last validation where checks are made at the end of an epoch."""
         if pl_module.may_be_best:
@@ -182,7 +195,8 @@ class TrainingProgress(Callback):
         self._progress: Progress | None = None
         self._task: Any = None
         self._done: torch.Tensor | int = 0
-        self._shown = 0.0
+        self._shown = self._validated = 0.0
+        self._figures = ""
         self._told = -math.inf
         self._steps = -1  # of the whole run, -1 where they are unknown
         self._first_step, self._start = 0, 0.0
@@ -208,6 +222,7 @@ class TrainingProgress(Callback):
         steps = trainer.estimated_stepping_batches
         self._steps = int(steps) if math.isfinite(steps) else -1
         self._first_step, self._start = trainer.global_step, time.monotonic()
+        self._done, self._shown = 0, self._start
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         where = f"on {pl_module.device} x {trainer.world_size}"
         self._print(f"{parameters:,} parameters, {pl_module.describe()}, {where}")
@@ -224,8 +239,7 @@ class TrainingProgress(Callback):
             self._progress.remove_task(self._task)
         batches = trainer.num_training_batches
         total = int(batches) if math.isfinite(batches) else None
-        self._task = self._progress.add_task("", total=total, epoch=trainer.current_epoch + 1, figures="")
-        self._done, self._shown = 0, time.monotonic()
+        self._task = self._progress.add_task("", total=total, epoch=trainer.current_epoch + 1, figures=self._figures)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Advance the bar."""
@@ -240,8 +254,8 @@ class TrainingProgress(Callback):
         speed = int(self._done) * trainer.world_size / (now - self._shown)
         recent = pl_module.recent()
         terms = "  ".join(f"{LABELS[name]} {recent[name]:.2f}" for name in pl_module.on_bar if name in recent)
-        figures = f"{speed:,.0f} {pl_module.unit[1]}/s  {terms}{self._active(trainer)}{self._left(trainer, now)}"
-        self._progress.update(self._task, completed=batch_idx + 1, figures=figures)
+        self._figures = f"{speed:,.0f} {pl_module.unit[1]}/s  {terms}{self._active(trainer)}{self._left(trainer, now)}"
+        self._progress.update(self._task, completed=batch_idx + 1, figures=self._figures)
         self._done, self._shown = 0, now
 
     def _active(self, trainer: Trainer) -> str:
@@ -259,11 +273,16 @@ class TrainingProgress(Callback):
                 left = min(left, max(0.0, callback.seconds - (now - self._start)))
         return "" if math.isinf(left) else f"  {timedelta(seconds=round(left))} left"
 
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Stop the clock that the speed is told by."""
+        self._validated = time.monotonic()
+
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Print the epoch's line."""
         if self._progress is None or trainer.sanity_checking:
             return
         number, now = trainer.current_epoch + 1, time.monotonic()
+        self._shown += now - self._validated
         if now - self._told < pl_module.seconds_a_line and number != trainer.max_epochs:
             return
         self._told = now
@@ -272,6 +291,10 @@ class TrainingProgress(Callback):
         figures += self._active(trainer)
         weight = f"  (KL weight {pl_module.kl_weight:.2f})" if isinstance(pl_module.config, KLConfig) else ""
         self._print(f"epoch {number:>3}  step {trainer.global_step:>6}  valid  {figures}{weight}")
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Close the bar, which gives the terminal its cursor back."""
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Close the bar."""

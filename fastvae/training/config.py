@@ -13,6 +13,7 @@ from typing import Any, Self
 from fastvae.data.arrays import SCALINGS
 from fastvae.training.checkpoint import replace_atomically
 
+SEEDS = 1 << 32  # how many there are: those of the steps and epochs are made of them
 KL_SCHEDULES = ("constant", "linear", "logistic", "cyclical")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
@@ -93,6 +94,8 @@ class RunConfig:
                 value = getattr(self, name, None)
                 if value is not None and not value >= smallest:  # not <, which lets NaN pass
                     raise ValueError(f"{name} must be at least {smallest}, got {value}")
+        if self.seed >= SEEDS:
+            raise ValueError(f"seed must be below 2^32, got {self.seed}")
         for name in ("lr", "clip"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")

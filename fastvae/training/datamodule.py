@@ -200,6 +200,8 @@ class ArrayDataModule(RunDataModule):
             raise ValueError(f"batch_size must be at most the {len(self.train)} training rows, got {config.batch_size}")
         if config.batch_size % config.devices:
             raise ValueError(f"batch_size must be a multiple of devices, got {config.batch_size} and {config.devices}")
+        if len(self.valid) < config.devices:
+            raise ValueError(f"devices must be at most the {len(self.valid)} validation rows, got {config.devices}")
         self.scaling = scaling or Scaling.fit(resolved_scaling(config, self.train), self.train)
         self._resident: dict[int, torch.Tensor] = {}
 

@@ -144,7 +144,7 @@ class AutoEncoderEvaluation(Figures):
         error: what training minimises, mean over the rows: 1/2 |x - reconstruction|^2, or the Bernoulli NLL in nats; of
             the scaled numbers. A denoising auto-encoder reads the rows corrupted for it, and as they are for the rest.
         squared_error: mean over all numbers, in their own units.
-        explained: 1 - |x - reconstruction|^2 / |x - mean|^2, sums over all rows.
+        explained: 1 - |x - reconstruction|^2 / |x - mean|^2, sums over all rows; NaN where these do not differ.
         latent_dim: size of the code. rows: how many were evaluated.
     """
 
@@ -440,7 +440,7 @@ def evaluate_autoencoder(
     return AutoEncoderEvaluation(
         error=error / moments.count,
         squared_error=squares / moments.count / len(moments.mean),
-        explained=1.0 - squares / max(float(moments.squares.sum()), 1e-300),
+        explained=1.0 - squares / variation if (variation := float(moments.squares.sum())) else math.nan,
         latent_dim=model.codes(batch).size(1),
         rows=moments.count,
         data=data,

@@ -25,6 +25,9 @@ _SIDE = 20  # images in a row of a manifold
 _ATOMS = 144
 
 
+PICTURES = ("latent_map", "reconstructions", "samples", "manifold", "atoms")  # names of those that a run may have
+
+
 def draw_pictures(
     model: ArrayModel, train: Samples, valid: Samples, folder: str | Path, *, seed: int = 0
 ) -> list[Path]:

@@ -39,7 +39,7 @@ from fastvae.training.curves import plot_curves
 from fastvae.training.datamodule import ArrayDataModule, TextDataModule
 from fastvae.training.metrics_file import MetricsFile, read_metrics
 from fastvae.training.module import RunModule
-from fastvae.training.pictures import draw_pictures
+from fastvae.training.pictures import PICTURES, draw_pictures
 from fastvae.training.text import reconstruct_sentences, sample_sentences
 from fastvae.training.text_models import TEXT_MODELS
 
@@ -57,6 +57,12 @@ _CHANGEABLE = frozenset(
         "log_every",
         "checkpoint_every",
     )
+)
+# What an earlier run, which is overwritten, has left.
+_OF_A_RUN = (
+    *("checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.csv", TENSORS, DESCRIPTION, "vocabulary.txt"),
+    *("samples.txt", "evaluation_*.json", "tensorboard/events.*", "codes.html", "map.png", "codes.png"),
+    *("curves.png", *(f"{name}.png" for name in PICTURES)),
 )
 TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 _QUIET = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
@@ -154,6 +160,8 @@ def train(
             interrupted = True
         except SystemExit as error:  # what Lightning makes of a KeyboardInterrupt
             raise KeyboardInterrupt from error
+        finally:
+            checkpoints.release()
     seconds = time.monotonic() - start
     if trainer.is_global_zero:
         _summarize(folder, module, data, floor=floor, seed=config.seed)
@@ -206,8 +214,9 @@ def _prepare_folder(folder: Path, *, fresh: bool, overwrite: bool) -> None:
         )
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     if fresh:
-        for name in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.csv", TENSORS, DESCRIPTION):
-            (folder / name).unlink(missing_ok=True)
+        for pattern in _OF_A_RUN:
+            for path in folder.glob(pattern):
+                path.unlink()
 
 
 def _trainer(config: RunConfig, module: RunModule, checkpoints: RunCheckpoints, resume_step: int | None) -> Trainer:
@@ -292,8 +301,9 @@ def _show_in_tensorboard(trainer: Trainer, folder: Path, step: int) -> None:
         if isinstance(logger, TensorBoardLogger):
             from matplotlib.image import imread
 
-            for path in sorted(folder.glob("*.png")):
-                logger.experiment.add_image(path.stem, imread(path), step, dataformats="HWC")
+            for name in ("curves", *PICTURES):
+                if (folder / f"{name}.png").is_file():
+                    logger.experiment.add_image(name, imread(folder / f"{name}.png"), step, dataformats="HWC")
             logger.experiment.flush()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastvae.data import arrays
-from fastvae.data.arrays import Scaling, load_array, read_idx
+from fastvae.data.arrays import Scaling, load_array, read_idx, read_npy
 
 
 def idx(array, code):
@@ -124,9 +124,27 @@ def test_folder_of_images(tmp_path):
     with pytest.raises(ValueError, match=r"1\.png has 9 x 6 and small\.png 9 x 5 pixels; image_size"):
         load_array(tmp_path)
     assert load_array(tmp_path, "all", image_size=4).shape == (3, 4, 4)
-    (tmp_path / "broken.png").write_bytes(b"junk")
-    with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
-        load_array(tmp_path)
+    deep = tmp_path / "deep.png"
+    Image.fromarray(images[0].astype(np.uint16) * 200).save(deep)
+    with pytest.raises(ValueError, match=r"deep\.png has more than 8 bits a pixel, .*\.png 8"):
+        load_array(tmp_path, "all", image_size=4)
+    deep.unlink()
+    whole = (tmp_path / "colours.png").read_bytes()
+    damaged = whole[:60] + bytes(byte ^ 0xFF for byte in whole[60:80]) + whole[80:]
+    for data in (b"junk", damaged, whole[:100]):
+        (tmp_path / "broken.png").write_bytes(data)
+        with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
+            load_array(tmp_path, image_size=4)
+
+
+def test_files_that_are_no_array_are_named(tmp_path):
+    path = tmp_path / "x.npy"
+    np.savez(tmp_path / "x.npz", a=np.ones((3, 2)), b=np.ones(3))
+    whole = (tmp_path / "x.npz").read_bytes()
+    for data, message in ((whole, "holds several arrays"), (whole[:50], "is no array"), (b"junk", "is no array")):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=rf"x\.npy {message}"):
+            read_npy(path)
 
 
 @pytest.mark.parametrize(("dtype", "code"), [("u1", 8), (">i2", 11), (">i4", 12), (">f4", 13), (">f8", 14)])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -320,6 +321,7 @@ def test_settings_that_do_not_go_together(settings, vectors, tmp_path):
         ({"scaling": "standard"}, "scaling 'standard' does not go with likelihood 'bernoulli'"),
         ({"batch_size": 500}, "batch_size must be at most the 108 training rows, got 500"),
         ({"batch_size": 15, "devices": 2}, "batch_size must be a multiple of devices, got 15 and 2"),
+        ({"batch_size": 98, "devices": 7}, "devices must be at most the 6 validation rows, got 7"),
     ]:
         with pytest.raises(ValueError, match=message):
             train(settings(**changes))
@@ -435,6 +437,26 @@ def test_figures_of_an_autoencoder(settings, vectors):
     assert figures.squared_error == pytest.approx(float(residual.mean()), rel=1e-4)
     assert figures.explained == pytest.approx(1 - float(residual.sum() / (x - x.mean(0)).square().sum()), rel=1e-4)
     assert figures.error == pytest.approx(model.model(model.scaling.apply(x)).loss.item(), rel=1e-5)
+
+
+def test_nothing_is_explained_of_rows_that_do_not_differ(settings, vectors, tmp_path, capsys):
+    config = settings("linear_autoencoder", data=str(vectors), epochs=1)
+    train(config)
+    np.save(tmp_path / "one.npy", every(load_array(vectors, "valid"))[:1].numpy())
+    assert main(["evaluate", config.out, "--data", str(tmp_path / "one.npy")]) == 0
+    assert re.search(r"explained +-  of the variance", capsys.readouterr().out)
+    assert json.loads(Path(config.out, "evaluation_all.json").read_text())["explained"] is None
+
+
+def test_salt_and_pepper_are_the_ends_of_the_data(settings, tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).uniform(3, 9, (60, 5)).astype(np.float32))
+    options = {"noise": "salt_and_pepper", "likelihood": "gaussian", "data": str(tmp_path / "x.npy")}
+    for scaling, (low, high) in {"standard": (-2, 2), "none": (3, 9)}.items():
+        config = settings("denoising_autoencoder", scaling=scaling, out=str(tmp_path / scaling), **options)
+        train(config)
+        model, samples = loaded(config)
+        x = model.model.corrupt(model.input(every(samples)))
+        assert (x.min().item(), x.max().item()) == pytest.approx((low, high), abs=0.5)
 
 
 # the commands

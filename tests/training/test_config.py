@@ -95,3 +95,9 @@ def test_a_file_wins_over_a_name(tmp_path, monkeypatch):
 def test_a_table_cannot_be_streamed():
     with pytest.raises(ValueError, match=r"streaming is for plain text, one sentence a line, got t\.tsv"):
         TrainConfig(data="t.tsv", valid="v.txt", streaming=True)
+
+
+def test_seeds_are_bounded():
+    assert TrainConfig(data="x", seed=2**32 - 1).seed == 2**32 - 1
+    with pytest.raises(ValueError, match=r"seed must be below 2\^32, got 4294967296"):
+        TrainConfig(data="x", seed=2**32)

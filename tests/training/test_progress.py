@@ -1,5 +1,6 @@
 import io
 import re
+import signal
 
 import pytest
 import torch
@@ -110,3 +111,33 @@ def test_bar_has_what_is_known_in_each_phase_of_controlled_generation(screen, tm
     bars = [line for line in re.split(r"[\r\n]", screen.getvalue()) if "tokens/s" in line]
     assert not any("control" in line for line in bars if "epoch 1" in line)
     assert any("  control 0." in line or "  control 1." in line for line in bars if "epoch 2" in line)
+
+
+def test_bar_of_epochs_shorter_than_its_updates(screen, settings, monkeypatch):
+    """The figures stay from one epoch to the next."""
+    monkeypatch.setattr(callbacks.TrainingProgress, "__init__", at_each_tenth_of_a_second(callbacks.TrainingProgress))
+    train(settings(epochs=40, hidden_size=8, checkpoint_every=0))
+    bars = [line for line in re.split(r"[\r\n]", screen.getvalue()) if "/9" in line]
+    later = [line for line in bars if re.search(r"epoch (2\d|3\d)", line)]
+    assert later
+    assert all("tokens/s" in line and "left" in line for line in later)
+
+
+def at_each_tenth_of_a_second(bar):
+    begin = bar.__init__
+    return lambda self: begin(self, 0.1)
+
+
+def test_an_interrupted_run_gives_the_terminal_and_ctrl_c_back(screen, settings, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    training_step = SentenceVAEModule.training_step
+
+    def interrupted_step(self, batch, batch_idx):
+        signal.raise_signal(signal.SIGINT)
+        return training_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(SentenceVAEModule, "training_step", interrupted_step)
+    assert train(settings()).interrupted
+    assert signal.getsignal(signal.SIGINT) is before
+    text = screen.getvalue()
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") > 0  # cursor hidden, and shown

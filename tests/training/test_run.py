@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("lightning")
 
 from fastvae.models import SentenceVAE
+from fastvae.training import callbacks
 from fastvae.training.checkpoint import load_run, read_checkpoint
 from fastvae.training.config import TrainConfig, read_yaml
 from fastvae.training.metrics_file import read_metrics
@@ -268,6 +269,42 @@ def test_a_time_limit_ends_the_run_after_a_validation(settings):
     assert 0 < result.steps < 500 * 9
     assert math.isfinite(result.best_neg_elbo)
     assert last(config)["global_step"] == result.steps
+
+
+def test_a_time_limit_within_an_epoch_leaves_nothing_out(uninterrupted, tmp_path, monkeypatch):
+    settings = uninterrupted.to_dict() | {"out": str(tmp_path)}
+    monkeypatch.setattr(callbacks.TimeLimit, "on_train_start", lambda self, *_: setattr(self, "_start", -1e9))
+    for step in (1, 2):  # the limit is over after the first step
+        assert train(TrainConfig(**settings | {"max_minutes": 1.0}), resume=step > 1).steps == step
+        checkpoint = last(TrainConfig(**settings))
+        assert checkpoint["position"] == {"epoch": 0, "batch": step, "step": step}
+    best = read_checkpoint(tmp_path / "checkpoints" / "best.ckpt")["global_step"]
+    rows = {row["step"]: row["valid/neg_elbo"] for row in read_metrics(tmp_path / "metrics.csv") if "valid/kl" in row}
+    assert best == min(rows, key=rows.get)
+    kept = [state for name, state in checkpoint["callbacks"].items() if "RunCheckpoints" in name]
+    assert kept[0]["best_neg_elbo"] == pytest.approx(min(rows.values()), rel=1e-6)
+    train(TrainConfig(**settings), resume=True)
+    assert_same_training(last(uninterrupted), last(TrainConfig(**settings)))
+
+
+def test_a_resumed_run_may_be_more_patient(settings):
+    config = settings(epochs=50, lr=1e-9, patience=2)
+    stopped = train(config).steps
+    more = TrainConfig(**config.to_dict() | {"patience": 5})
+    assert train(more, resume=True).steps == stopped + 3 * 9
+
+
+def test_a_run_written_over_leaves_nothing(settings, tmp_path):
+    config = settings(epochs=1)
+    train(config)
+    folder = tmp_path / "run"
+    for name in ("samples.png", "evaluation_test.json", "codes.html", "mine.png"):
+        (folder / name).write_text("old")
+    events = set((folder / "tensorboard").glob("events*"))
+    train(config, overwrite=True)
+    assert not any((folder / name).exists() for name in ("samples.png", "evaluation_test.json", "codes.html"))
+    assert (folder / "mine.png").exists()
+    assert not events & set((folder / "tensorboard").glob("events*"))
 
 
 def test_streaming_trains_and_resumes(settings, tmp_path, text_file, monkeypatch):
