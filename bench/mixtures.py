@@ -36,7 +36,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "GM-VAE + L_mi": {"kind": "gm_vae", "mutual_information_weight": 1.0},
     "DGM-VAE": {"kind": "dgm_vae"},
     "DGM-VAE + L_mi": {"kind": "dgm_vae", "mutual_information_weight": 1.0},
-    "DGM-VAE, beta 0.9": {"kind": "dgm_vae", "beta": 0.9},
 }
 OF_PTB = ("AE", "VAE", "GM-VAE", "GM-VAE + L_mi", "DGM-VAE", "DGM-VAE + L_mi")
 _SAMPLES = 10_000  # from the prior, for word-KL and reverse perplexity
@@ -97,24 +96,23 @@ def main() -> int:
     parser.add_argument("data", choices=("dailydialog", "ptb"))
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings [those of dem_vae_DATA]")
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)} [all]")
-    parser.add_argument(
-        "--seed", type=int, metavar="INT", help="in place of that of the settings, for files of its own"
-    )
-    parser.add_argument("--epochs", type=int, metavar="INT", help="likewise")
+    parser.add_argument("--seed", type=int, metavar="INT", help="that of the settings otherwise")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="where the runs go [build/mixtures/NAME]")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="[bench/results/NAME_mixtures.json]; NAME: DATA[_SEED][_EPOCHS_epochs]"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="[bench/results/NAME_mixtures.json], NAME: that of FILE or DATA, and the seed",
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # such small products gain nothing from more
     import fastvae
 
     known = Path(fastvae.__file__).parent / "configs" / f"dem_vae_{arguments.data}.yaml"
-    settings, which = read_yaml(arguments.config or known), arguments.data
+    settings = read_yaml(arguments.config or known)
+    which = arguments.config.stem if arguments.config else arguments.data
     if arguments.seed is not None:
         settings, which = settings | {"seed": arguments.seed}, f"{which}_{arguments.seed}"
-    if arguments.epochs is not None:
-        settings, which = settings | {"epochs": arguments.epochs}, f"{which}_{arguments.epochs}_epochs"
     out = arguments.out or RESULTS / f"{which}_mixtures.json"
     runs = arguments.runs or Path("build") / "mixtures" / which
     for name in arguments.models or (MODELS if arguments.data == "dailydialog" else OF_PTB):

@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from bench import FAMILIES
 from bench.interleave import OURS, PRODUCTS
@@ -264,25 +263,17 @@ def mixtures(path: Path) -> str:
     return "\n".join(lines)
 
 
-def mixture_seeds(paths: list[Path]) -> str:
+def mixture_seeds(folder: Path, which: str) -> str:
     """Return the table of models that `bench.mixtures` compared with several seeds, the figures of all in a cell."""
-    runs = [{row["model"]: row for row in json.loads(path.read_text())} for path in paths]
+    paths = [folder / f"{which}_mixtures.json", *sorted(folder.glob(f"{which}_[0-9]_mixtures.json"))]
+    first, *others = ({row["model"]: row for row in json.loads(path.read_text())} for path in paths)
     shown = ("mutual_information", "bleu", "homogeneity_act")
-    lines = [f"| epochs | model | {' | '.join(_MIXTURES[name][0] for name in shown)} |"]
-    lines.append(f"|--:|---|{'--:|' * len(shown)}")
-
-    def epochs_and_seed(run: dict[str, Any]) -> tuple[int, int]:
-        settings = next(iter(run.values()))["settings"]
-        return settings["epochs"], settings["seed"]
-
-    runs.sort(key=epochs_and_seed)
-    for epochs, group in itertools.groupby(runs, key=lambda run: epochs_and_seed(run)[0]):
-        first, *others = group
-        for model in first:
-            if all(model in run for run in others):
-                rows = [run[model] for run in (first, *others)]
-                cells = [", ".join(f"{row[name]:z.{_MIXTURES[name][1]}f}" for row in rows) for name in shown]
-                lines.append(f"| {epochs} | {model} | {' | '.join(cells)} |")
+    lines = [f"| model | {' | '.join(_MIXTURES[name][0] for name in shown)} |", f"|---|{'--:|' * len(shown)}"]
+    for model in first:
+        if all(model in run for run in others):
+            rows = [run[model] for run in (first, *others)]
+            cells = [", ".join(f"{row[name]:z.{_MIXTURES[name][1]}f}" for row in rows) for name in shown]
+            lines.append(f"| {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -326,7 +317,9 @@ def renewed(text: str, folder: Path = RESULTS) -> str:
         "speed": lambda: speed_summary(folder / SPEED.name),
         "ptb": lambda: penn_treebank(folder),
         "dailydialog_mixtures": lambda: mixtures(folder / "dailydialog_mixtures.json"),
-        "dailydialog_seeds": lambda: mixture_seeds(sorted(folder.glob("dailydialog_*mixtures.json"))),
+        "dailydialog_seeds": lambda: mixture_seeds(folder, "dailydialog"),
+        "dailydialog_3_epochs": lambda: mixtures(folder / "dailydialog_3_epochs_mixtures.json"),
+        "dailydialog_3_epochs_seeds": lambda: mixture_seeds(folder, "dailydialog_3_epochs"),
         "ptb_mixtures": lambda: mixtures(folder / "ptb_mixtures.json"),
         "controlled": lambda: controlled(folder / CONTROLLED.name),
     }
