@@ -405,6 +405,7 @@ import numpy as np
 import torch.distributed as dist
 from fastvae.estimators import DictionaryLearning, MiniBatchDictionaryLearning
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which processes in the background may ignore
 folder, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 x, first = np.load(f"{folder}/x{rank}.npy"), np.load(f"{folder}/first.npy")
