@@ -108,7 +108,7 @@ def load_text(name_or_path: str | os.PathLike[str], split: str = "train") -> lis
         return assistant_sentences(split)
     named = str(name_or_path) in CORPORA
     path = corpus_folder(str(name_or_path)) if named else Path(name_or_path)
-    if not named and ((path.is_file() and path.suffix == ".tsv") or (path / "train.tsv").is_file()):
+    if not named and path.exists() and holds_attributes(path):
         from fastvae.data.labeled import load_labeled
 
         return load_labeled(path, split).sentences
@@ -128,6 +128,11 @@ def load_text(name_or_path: str | os.PathLike[str], split: str = "train") -> lis
     if not held_out:
         raise ValueError(f"{path}: {len(sentences)} sentences are too few to hold any out for {split!r}, 20 are needed")
     return held_out
+
+
+def holds_attributes(path: Path) -> bool:
+    """Whether a path is that of a table of sentences with attributes, or of a folder of such: of `load_labeled`."""
+    return path.suffix == ".tsv" or (path / "train.tsv").is_file()
 
 
 def corpus_folder(name: str) -> Path:

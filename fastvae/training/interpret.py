@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastvae.data import load_text
+from fastvae.data.corpus import holds_attributes
 from fastvae.data.labeled import LABELED, LabeledText, load_labeled
 from fastvae.files import replace_atomically
 from fastvae.training.curves import figure_to
@@ -73,8 +74,7 @@ def labeled_text(data: str, split: str) -> LabeledText:
     Args:
         data, split: a table of attributes ends with .tsv.
     """
-    path = Path(data)
-    if data in LABELED or path.suffix == ".tsv" or (path / "train.tsv").is_file():
+    if data in LABELED or holds_attributes(Path(data)):
         return load_labeled(data, split)
     sentences = load_text(data, split)
     return LabeledText(sentences, np.zeros((len(sentences), 0), dtype=np.int64), {})

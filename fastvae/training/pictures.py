@@ -23,8 +23,6 @@ _LARGEST = 4000  # and one of large images at most, where they are not larger st
 _MAPPED = 5000  # rows in a latent map, at most
 _SIDE = 20  # images in a row of a manifold
 _ATOMS = 144
-
-
 PICTURES = ("latent_map", "reconstructions", "samples", "manifold", "atoms")  # names of those that a run may have
 
 
