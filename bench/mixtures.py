@@ -19,6 +19,7 @@ from fastvae.data import load_text
 from fastvae.data.corpus import corpus_folder
 from fastvae.data.dailydialog import dailydialog_dialogues
 from fastvae.files import replace_atomically
+from fastvae.models.mixture_vae import KINDS
 from fastvae.training.checkpoint import load_run, read_checkpoint
 from fastvae.training.config import MixtureConfig, read_yaml
 from fastvae.training.mixture_metrics import code_probabilities, evaluate_mixture
@@ -84,7 +85,9 @@ def of_samples(model: Any, vocabulary: Any, config: MixtureConfig) -> dict[str, 
 
 
 def _described(config: MixtureConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name not in ("out", "max_minutes")}
+    """Give the settings that tell one result from another, those that the kind fixes as it fixes them."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("out", "max_minutes")}
+    return settings | {name: value for name, value in KINDS[config.kind].items() if name in settings}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
