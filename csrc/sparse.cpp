@@ -274,10 +274,11 @@ struct Sample {
     }
   }
 
-  // What lies in the lanes beyond the set must count for nothing.
+  // What lies in the lanes beyond the set must count for nothing; were it inf or nan, not even times zero.
   void clear() {
     for (int64_t i = 0; i < w.size; i += kWidth<T>) {
-      lane(w.h + i) = lane(w.threshold + i) = lane(w.scale + i) = lane(w.pull + i) = Lane<T>{};
+      lane(w.h + i) = lane(w.q + i) = lane(w.b + i) = Lane<T>{};
+      lane(w.threshold + i) = lane(w.scale + i) = lane(w.pull + i) = Lane<T>{};
     }
     w.size = w.basis_size = 0;
   }

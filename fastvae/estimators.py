@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastvae.ops.checks import check_choice
 from fastvae.ops.dictionary import CONSTRAINTS, dictionary_update, replace_atoms, unused, worst_reconstructed
-from fastvae.ops.sparse import SparseInfo, soft_threshold, sparse_encode
+from fastvae.ops.sparse import GAP_FLOOR, SparseInfo, own_warning, soft_threshold, sparse_encode
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -123,18 +123,22 @@ class _SparseCoding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     ) -> tuple[Tensor, SparseInfo]:
         solver = _SOLVERS[algorithm]
         if solver == "threshold":
+            if not torch.isfinite(dictionary).all():
+                raise ValueError("dictionary: expected finite numbers, got nan or inf")
             codes = soft_threshold(x @ dictionary.T, alpha)
             zeros = torch.zeros(len(x), dtype=torch.int64, device=x.device)
             info = SparseInfo(torch.full_like(x[:, 0], math.nan), zeros, zeros.to(torch.int8))
             return (codes.clamp_min(0) if self.positive_code else codes), info
         options: dict[str, Any] = {"solver": solver, "positive": self.positive_code, "return_info": True}
         if solver == "auto":
+            if self.transform_tol is not None and not self.transform_tol >= GAP_FLOOR[x.dtype]:
+                expected = f"at least {GAP_FLOOR[x.dtype]:g}, the smallest relative gap of {x.dtype}"
+                raise ValueError(f"transform_tol: expected {expected}, got {self.transform_tol}")
             options |= {"l1": alpha, "tol": self.transform_tol, "init": init}
         else:
             most = min(dictionary.shape)
             options["n_nonzero"] = min(self.transform_n_nonzero_coefs or max(x.shape[1] // 10, 1), most)
-        with warnings.catch_warnings():  # one warning for all batches, of scikit-learn's kind, follows
-            warnings.filterwarnings("ignore", message="fastvae: .* missed the tolerance")
+        with own_warning():  # one for all batches, of scikit-learn's kind, follows
             return sparse_encode(x, dictionary, max_iter=self.transform_max_iter, **options)
 
     def _tensor(self, array: np.ndarray, dtype: Any) -> Tensor:
@@ -263,6 +267,16 @@ class SparseCoder(_SparseCoding):
 
 class _DictionaryLearning(_SparseCoding):
     """What the two learners share: a beginning, one pass of codes, one update, and what remains of a fit."""
+
+    def _resumes(self) -> bool:
+        if not (self.warm_start and hasattr(self, "components_")):
+            return False
+        if self.n_components not in (None, len(self.components_)):
+            raise ValueError(
+                f"n_components: expected {len(self.components_)} as in the fit that warm_start goes on with, "
+                f"got {self.n_components}"
+            )
+        return True
 
     def _begin(self, X: np.ndarray, dtype: Any) -> None:
         self._seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
@@ -472,7 +486,7 @@ class DictionaryLearning(_DictionaryLearning):
             ValueError: naming a parameter, or X, whose value or shape is wrong.
         """
         self._check_settings()
-        resumes = self.warm_start and hasattr(self, "components_")
+        resumes = self._resumes()
         X, dtype = self._check_data(X, reset=not resumes)
         if not resumes:
             self._begin(X, dtype)
@@ -611,7 +625,7 @@ class MiniBatchDictionaryLearning(_DictionaryLearning):
             ValueError: naming a parameter, or X, whose value or shape is wrong.
         """
         self._check_settings()
-        resumes = self.warm_start and hasattr(self, "components_")
+        resumes = self._resumes()
         X, dtype = self._check_data(X, reset=not resumes)
         if not resumes:
             self._begin(X, dtype)

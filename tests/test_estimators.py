@@ -212,6 +212,21 @@ def test_bad_numbers_in_a_file_are_found(tmp_path):
         MiniBatchDictionaryLearning(batch_size=8, max_iter=1).fit(np.load(tmp_path / "x.npy", mmap_mode="r"))
 
 
+def test_wrong_settings_are_named(data):
+    broken = np.eye(data.shape[1])
+    broken[2, 2] = np.nan
+    for algorithm in ("threshold", "omp", "lasso_cd"):
+        with pytest.raises(ValueError, match="dictionary: expected finite numbers, got nan or inf"):
+            SparseCoder(broken, transform_algorithm=algorithm).transform(data)
+    coder = SparseCoder(np.eye(data.shape[1]), transform_algorithm="lasso_cd", transform_tol=1e-9)
+    with pytest.raises(ValueError, match=r"transform_tol: expected at least 3e-06, .* of torch.float32, got 1e-09"):
+        coder.transform(data.astype(np.float32))
+    for learner in LEARNERS:
+        model = learner(6, max_iter=1, warm_start=True, random_state=0).fit(data)
+        with pytest.raises(ValueError, match=r"n_components: expected 6 as in the fit that warm_start .*, got 9"):
+            model.set_params(n_components=9).fit(data)
+
+
 @pytest.mark.parametrize("module", ["pickle", "joblib"])
 def test_saved_and_loaded_they_transform_alike(data, tmp_path, module):
     options = {"alpha": 0.2, "max_iter": 3, "random_state": 0, "transform_algorithm": "lasso_cd"}

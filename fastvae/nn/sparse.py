@@ -66,7 +66,9 @@ class SparseCoding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Solve for the codes (..., n_atoms) of x (..., n_features), with gradients to x and the dictionary."""
         settings: dict[str, Any] = {} if self.max_iter is None else {"max_iter": self.max_iter}
-        rows = _rows(x, self.n_features).to(self.dictionary.dtype)
+        rows = _rows(x, self.n_features)
+        if rows.dtype in (torch.bfloat16, torch.float16):  # as autocast hands over
+            rows = rows.to(self.dictionary.dtype)
         codes = sparse_encode(
             rows, self.dictionary, self.l1, l2=self.l2, positive=self.positive, tol=self.tol, **settings
         )

@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 LIBRARY = torch.library.Library("fastvae", "DEF")
 
@@ -141,13 +140,38 @@ def _outside_autocast(op: Callable[..., Any], device: str) -> Callable[..., Any]
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a Function's `backward` raise if it is differentiated; `once_differentiable`, free where nothing records."""
-    guarded = once_differentiable(backward)
+    """Make a Function's `backward` raise if it is differentiated; free where nothing records.
+
+    PyTorch's `once_differentiable` raises only where the upstream gradient needs a gradient itself, and on the way to a
+    leaf of its own, which `torch.autograd.grad` with inputs leaves out: a sum's second derivative was zero in silence.
+    """
 
     def call(ctx: Any, *grads: Any) -> Any:
-        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            result = backward(ctx, *grads)
+        outputs = result if isinstance(result, tuple) else (result,)
+        inputs = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        given = [output for output in outputs if output is not None]
+        if torch.compiler.is_compiling() or not inputs or not given:
+            return result
+        refusing = iter(_NoSecondDerivative.apply(len(given), *given, *inputs))
+        return tuple(None if output is None else next(refusing) for output in outputs)
 
     return call
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Hands `count` gradients through, tied to what they were computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("fastvae: this function has first derivatives only, and a second one was asked for")
 
 
 @contextlib.contextmanager

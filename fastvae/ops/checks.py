@@ -70,7 +70,7 @@ def check_samples(num_samples: Any, *, required: bool = False) -> None:
         return
     if not (isinstance(num_samples, int | torch.SymInt) and num_samples >= 1):
         wish = "an integer" if required else "None or an integer"
-        raise ValueError(f"num_samples: expected {wish} of at least 1, got {num_samples}")
+        raise ValueError(f"num_samples: expected {wish} of at least 1, got {num_samples!r}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

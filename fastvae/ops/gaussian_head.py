@@ -213,6 +213,9 @@ def gaussian_head(
     Source: Kingma & Welling 2014, "Auto-encoding variational Bayes", section 2.4.
     """
     check_float("hidden", hidden)
+    device = hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        hidden = hidden.to(weight.dtype)  # up: log_var in half precision would cost the KL its digits
     check_like("weight", weight, "hidden", hidden)
     if weight.dim() != 2 or weight.shape[0] % 2 or hidden.dim() == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(

@@ -13,10 +13,12 @@ Sources: Daubechies et al. 2004 (ISTA); Beck & Teboulle 2009 (FISTA); O'Donoghue
 al. 2015 (gap); Friedman et al. 2010 (coordinate descent); Lee et al. 2007 (active set of signs).
 """
 
+import contextlib
 import functools
 import math
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +27,7 @@ from torch import Tensor
 from fastvae.ops.backend import CORE, compute_dtype, first_order, kernel, large, pointer, register
 from fastvae.ops.checks import check_choice, check_float, check_like, check_shape
 
-CONVERGED, MAX_ITER = 0, 1
+CONVERGED, MISSED = 0, 1
 
 # Relative gaps that the dtype can reach and certify: below, rounding costs more.
 GAP_FLOOR = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 5e-4, torch.bfloat16: 5e-3}
@@ -41,7 +43,8 @@ class SparseInfo(NamedTuple):
     Attributes:
         gap: duality gap relative to |x|^2, (samples,); nan for "omp" and "iht", which solve another problem.
         iterations: of the solver, int64 (samples,); "cd" counts its steps to an exact solution and its sweeps.
-        status: int8 (samples,), 0 where the tolerance was met, 1 where `max_iter` came first.
+        status: int8 (samples,), 0 where the tolerance was met, 1 where it was not; for "iht", where the support still
+            changed in the last iteration.
     """
 
     gap: Tensor
@@ -124,7 +127,7 @@ def reference_encode(x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor,
             residual = squared[rows] - (h * (products[rows] + c)).sum(1) + l2 * h.square().sum(1)
             gap[rows] = reference_gap(h, c - l2 * h, residual.clamp_min(0), l1[rows], weights, positive)
             codes[rows] = h
-            open_ = gap[rows] > tol * squared[rows]
+            open_ = ~(gap[rows] <= tol * squared[rows])  # nan too
             rows = rows[open_]
             if rows.numel() == 0 or iteration == max_iter:
                 break
@@ -148,7 +151,7 @@ def reference_encode(x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor,
         previous, previous_c = torch.where(keep, previous, h), torch.where(keep, previous_c, c)
         h, c = torch.where(keep, h, new), torch.where(keep, c, new_c)
         iterations[rows] += 1
-    status = torch.where(gap > tol * squared, MAX_ITER, CONVERGED).to(torch.int8)
+    status = torch.where(gap <= tol * squared, CONVERGED, MISSED).to(torch.int8)
     return codes, gap / squared.clamp_min(torch.finfo(x.dtype).tiny), iterations, status
 
 
@@ -180,6 +183,47 @@ def reference_ista_backward(grad: Tensor, x: Tensor, dictionary: Tensor, l1: Ten
     return grads
 
 
+def reference_pursue(method: str, x: Tensor, dictionary: Tensor, n_nonzero: int, init: Tensor | None,
+                     max_iter: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """At most `n_nonzero` atoms a sample; returns codes, iterations and status."""
+    _check_values(x, dictionary, init)
+    samples, atoms = x.shape[0], dictionary.shape[0]
+    moving = torch.zeros(samples, dtype=torch.bool, device=x.device)
+    if method == "iht":
+        step = 1 / lipschitz(dictionary)
+        codes = x.new_zeros(samples, atoms) if init is None else init
+        for _ in range(max_iter):
+            moved = codes + step * ((x - codes @ dictionary) @ dictionary.T)
+            kept = moved.abs().topk(n_nonzero, 1).indices
+            before, codes = codes, torch.zeros_like(moved).scatter_(1, kept, moved.gather(1, kept))
+            moving = ((codes != 0) != (before != 0)).any(1)
+        count = max_iter
+    else:
+        codes = torch.cat([_omp(block, dictionary, n_nonzero) for block in x.split(1024)])
+        count = n_nonzero
+    iterations = torch.full((samples,), count, dtype=torch.int64, device=x.device)
+    return codes, iterations, torch.where(moving, MISSED, CONVERGED).to(torch.int8)
+
+
+def _omp(x: Tensor, dictionary: Tensor, n_nonzero: int) -> Tensor:
+    # Pati et al. 1993: add the atom most correlated with the residual, then refit all chosen ones.
+    samples, atoms = x.shape[0], dictionary.shape[0]
+    norms = dictionary.norm(dim=1)
+    unit = dictionary / torch.where(norms > 0, norms, 1.0)[:, None]
+    chosen = torch.zeros(samples, 0, dtype=torch.int64, device=x.device)
+    residual, solution = x, x.new_zeros(samples, 0)
+    for _ in range(n_nonzero):
+        score = (residual @ unit.T).abs().scatter(1, chosen, -1.0)
+        chosen = torch.cat([chosen, score.argmax(1, keepdim=True)], 1)
+        basis = dictionary[chosen]
+        gram = basis @ basis.mT
+        ridge = torch.finfo(x.dtype).eps * gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-30)
+        gram = gram + ridge[:, None, None] * torch.eye(chosen.shape[1], dtype=x.dtype, device=x.device)
+        solution = torch.linalg.solve(gram, (basis @ x[:, :, None])).squeeze(2)
+        residual = x - (solution[:, None] @ basis).squeeze(1)
+    return x.new_zeros(samples, atoms).scatter_(1, chosen, solution)
+
+
 def lipschitz(dictionary: Tensor) -> Tensor:
     """Largest eigenvalue of the Gram matrix, from above: the steepest curvature of 1/2 |x - h A|^2."""
     if dictionary.numel() == 0:
@@ -195,13 +239,37 @@ def reference_encode_backward(grad: Tensor, codes: Tensor, x: Tensor, dictionary
 
     There (G_SS + l2 I) h_S = A_S x - l1 weights_S sign(h_S); all follow from v with (G_SS + l2 I) v_S = grad_S.
     """
-    v = torch.zeros_like(codes)
-    for row, (code, g) in enumerate(zip(codes, grad, strict=True)):
-        support = code.nonzero().squeeze(1)
-        atoms = dictionary[support]
-        gram = atoms @ atoms.T + l2 * torch.eye(len(support), dtype=codes.dtype, device=codes.device)
-        v[row, support] = torch.linalg.lstsq(gram, g[support, None]).solution.squeeze(1)
+    v, counts = torch.zeros_like(codes), (codes != 0).sum(1)
+    most = int(counts.max()) if counts.numel() else 0
+    block = max(1, _BLOCK_ITERATES // max(1, most * max(most, dictionary.shape[1])))
+    for first in range(0, codes.shape[0], block):
+        rows = slice(first, first + block)
+        support = (codes[rows] != 0).to(torch.int8).topk(most, 1).indices
+        inside = torch.arange(most, device=codes.device) < counts[rows, None]
+        atoms = dictionary[support] * inside[:, :, None]
+        gram = atoms @ atoms.mT
+        gram.diagonal(dim1=1, dim2=2).add_(torch.where(inside, l2, 1.0))
+        solution = _solve_regularised(gram, grad[rows].gather(1, support) * inside)
+        v[rows] = v[rows].scatter(1, support, solution)
     return _from_support_solution(v, codes, x, dictionary, l1, weights)
+
+
+def _solve_regularised(matrices: Tensor, right: Tensor) -> Tensor:
+    """Solve positive semidefinite systems, (n, size, size) and (n, size); singular ones with a growing ridge.
+
+    Dependent atoms (duplicates, or more of them than features) have no inverse: the ridge chooses among the solutions.
+    """
+    diagonal, tiny = matrices.diagonal(dim1=1, dim2=2), 1e-12 if matrices.dtype == torch.float64 else 1e-5
+    solution, rows, ridge = torch.zeros_like(right), torch.arange(len(right), device=right.device), 0.0
+    while rows.numel():
+        factor, info = torch.linalg.cholesky_ex(matrices[rows] + torch.diag_embed(ridge * diagonal[rows]))
+        pivots = factor.diagonal(dim1=1, dim2=2).square()
+        sound = (info == 0) & (pivots > tiny * diagonal[rows]).all(1)
+        if ridge > 1:
+            sound = torch.ones_like(sound)
+        solution[rows[sound]] = torch.cholesky_solve(right[rows[sound], :, None], factor[sound]).squeeze(2)
+        rows, ridge = rows[~sound], 10 * ridge if ridge else 1e-6
+    return solution
 
 
 def _from_support_solution(v: Tensor, codes: Tensor, x: Tensor, dictionary: Tensor, l1: Tensor,
@@ -212,7 +280,7 @@ def _from_support_solution(v: Tensor, codes: Tensor, x: Tensor, dictionary: Tens
     return grad_x, grad_dictionary, (signed * weights).sum(1), (signed * l1[:, None]).sum(0)
 
 
-def _check_values(x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor) -> Tensor:
+def _check_values(x: Tensor, dictionary: Tensor, init: Tensor | None, **positive: Tensor) -> Tensor:
     """Raise for values that have no solution; returns |x|^2, (samples,)."""
     # Inside the ops, which wait for the data anyway; a test on values would break a compiled graph outside.
     squared, atoms_squared = (torch.linalg.vecdot(t, t) for t in (x, dictionary))
@@ -221,26 +289,47 @@ def _check_values(x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor) ->
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{name}: expected finite numbers, got nan or inf")
             raise ValueError(f"{name}: expected rows of finite norm, got numbers up to {tensor.abs().max().item():g}")
-    for name, tensor in (("l1", l1), ("weights", weights)):
+    if init is not None and not bool(torch.isfinite(init).all()):
+        raise ValueError("init: expected finite numbers, got nan or inf")
+    _check_positive(**positive)
+    return squared
+
+
+def _check_positive(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
         if not bool(((tensor > 0) & torch.isfinite(tensor)).all()):
             raise ValueError(f"{name}: expected finite numbers above 0, got {tensor.min().item():g} at least")
-    return squared
 
 
 def _reference_op(method: str, x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor, l2: float, positive: bool,
                   init: Tensor | None, tol: float, max_iter: int) -> tuple[Tensor, ...]:  # fmt: skip
-    _check_values(x, dictionary, l1, weights)
+    _check_values(x, dictionary, init, l1=l1, weights=weights)
     momentum = method != "ista"
     solved = reference_encode(x, dictionary, l1, weights, l2, positive, init, tol, max_iter, momentum)
     _warn(solved[3], max_iter)
     return solved
 
 
+_quiet = threading.local()  # not the filters of `warnings`, which all threads share
+
+
+@contextlib.contextmanager
+def own_warning() -> Iterator[None]:
+    """Leave it to the caller to tell of samples that missed the tolerance."""
+    before, _quiet.on = getattr(_quiet, "on", False), True
+    try:
+        yield
+    finally:
+        _quiet.on = before
+
+
 def _warn(status: Tensor, max_iter: int) -> None:
+    if getattr(_quiet, "on", False):
+        return
     missed = int((status != CONVERGED).sum())
     if missed:
         warnings.warn(
-            f"fastvae: {missed} of {status.numel()} samples missed the tolerance within {max_iter} iterations; "
+            f"fastvae: {missed} of {status.numel()} samples missed the tolerance, in at most {max_iter} iterations; "
             "their gaps are in the info of return_info=True",
             stacklevel=5,
         )
@@ -248,16 +337,54 @@ def _warn(status: Tensor, max_iter: int) -> None:
 
 # ----------------------------------------------------------------------------------------------- C++ on CPU
 _BLOCK_PRODUCTS = 1 << 20  # numbers of x A' at a time: 4 MB of float32
-_MAX_GRAM_ATOMS = 8192  # a Gram matrix of 256 MB; beyond, FISTA without one
+MAX_GRAM_ATOMS = 8192  # a Gram matrix of 256 MB; beyond, FISTA without one
 
 
 def _cpu_encode(method: str, x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor, l2: float, positive: bool,
                 init: Tensor | None, tol: float, max_iter: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    atoms = dictionary.shape[0]
+    if method not in ("auto", "cd") or atoms > MAX_GRAM_ATOMS or atoms == 0:
+        return _reference_op(method, x, dictionary, l1, weights, l2, positive, init, tol, max_iter)  # type: ignore[return-value]
+    squared = _check_values(x, dictionary, init, l1=l1, weights=weights)
+    solved = _core_encode(x, dictionary, l1, weights, l2, positive, init, tol, max_iter, squared)
+    if method == "auto":
+        # Rounding and dependent atoms can stall the core: what it misses in float32 it mostly solves in float64, and
+        # FISTA needs no basis at all.
+        operands = x, dictionary, l1, weights, l2, positive, tol, max_iter
+        if x.dtype == torch.float32:
+            _solve_missed(solved, _core_encode, torch.float64, *operands)
+        _solve_missed(solved, reference_encode, x.dtype, *operands)
+    _warn(solved[3], max_iter)
+    return solved
+
+
+def _solve_missed(solved: tuple[Tensor, ...], solve: Callable[..., Any], dtype: torch.dtype, x: Tensor,
+                  dictionary: Tensor, l1: Tensor, weights: Tensor, l2: float, positive: bool, tol: float,
+                  max_iter: int) -> None:  # fmt: skip
+    """Solve the samples that were missed once more, in `dtype`; the codes with the smaller gap stay."""
+    missed = (solved[3] != CONVERGED).nonzero().squeeze(1)
+    for rows in missed.split(max(64, _BLOCK_ITERATES // dictionary.shape[0])) if missed.numel() else ():
+        operands = [t.to(dtype) for t in (x[rows], dictionary, l1[rows], weights)]
+        codes, _, iterations, _ = solve(*operands, l2, positive, None, tol, max_iter)
+        codes = codes.to(x.dtype)
+        xs, atoms, penalty, factors = (t.double() for t in (x[rows], dictionary, l1[rows], weights))
+        h = codes.double()
+        r = xs - h @ atoms
+        energy = r.square().sum(1) + l2 * h.square().sum(1)
+        gap = reference_gap(h, r @ atoms.T - l2 * h, energy, penalty, factors, positive)
+        gap = gap / xs.square().sum(1).clamp_min(torch.finfo(x.dtype).tiny)
+        better = ~(solved[1][rows] <= gap)
+        status = torch.where(gap <= tol, CONVERGED, MISSED)
+        for kept, found in zip(solved, (codes, gap, iterations, status), strict=True):
+            kept[rows[better]] = found[better].to(kept.dtype)
+
+
+def _core_encode(x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor, l2: float, positive: bool,
+                 init: Tensor | None, tol: float, max_iter: int,
+                 squared: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     assert CORE is not None
     (samples, features), atoms = x.shape, dictionary.shape[0]
-    if method != "cd" or atoms > _MAX_GRAM_ATOMS or atoms == 0:
-        return _reference_op(method, x, dictionary, l1, weights, l2, positive, init, tol, max_iter)  # type: ignore[return-value]
-    squared = _check_values(x, dictionary, l1, weights)
+    squared = torch.linalg.vecdot(x, x) if squared is None else squared
     x, dictionary, l1 = x.contiguous(), dictionary.contiguous(), l1.contiguous()
     init = None if init is None else init.contiguous()
     factors = None if bool((weights == 1).all()) else torch.nn.functional.pad(weights, (0, -atoms % 16), value=1.0)
@@ -281,7 +408,6 @@ def _cpu_encode(method: str, x: Tensor, dictionary: Tensor, l1: Tensor, weights:
             pointer(codes[rows]), pointer(gap[rows]), pointer(iterations[rows]), pointer(status[rows]),
             pointer(memory), threads,
         )  # fmt: skip
-    _warn(status, max_iter)
     return codes, gap, iterations, status
 
 
@@ -289,7 +415,7 @@ def _cpu_encode_backward(grad: Tensor, codes: Tensor, x: Tensor, dictionary: Ten
                          l2: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     assert CORE is not None
     atoms = dictionary.shape[0]
-    if atoms > _MAX_GRAM_ATOMS or atoms == 0:
+    if atoms > MAX_GRAM_ATOMS or atoms == 0:
         return reference_encode_backward(grad, codes, x, dictionary, l1, weights, l2)
     codes, grad, gram = codes.contiguous(), grad.contiguous(), dictionary @ dictionary.T
     v = large(torch.empty_like(codes))
@@ -306,6 +432,7 @@ def _cpu_encode_backward(grad: Tensor, codes: Tensor, x: Tensor, dictionary: Ten
 def _cpu_ista(x: Tensor, dictionary: Tensor, l1: Tensor, step: Tensor, init: Tensor | None, max_iter: int,
               momentum: bool) -> Tensor:  # fmt: skip
     assert CORE is not None
+    _check_positive(l1=l1, step=step)
     (samples, features), atoms = x.shape, dictionary.shape[0]
     x, l1, init = x.contiguous(), l1.contiguous(), None if init is None else init.contiguous()
     use_gram = atoms < 2 * features
@@ -331,7 +458,7 @@ def _cuda_encode(method: str, x: Tensor, dictionary: Tensor, l1: Tensor, weights
                  init: Tensor | None, tol: float, max_iter: int) -> tuple[Tensor, ...]:  # fmt: skip
     if x.dtype == torch.float64 or method == "ista":
         return _reference_op(method, x, dictionary, l1, weights, l2, positive, init, tol, max_iter)
-    _check_values(x, dictionary, l1, weights)
+    _check_values(x, dictionary, init, l1=l1, weights=weights)
     operands = [t.contiguous() for t in (x, dictionary, l1)]
     init = None if init is None else init.contiguous()
     solved = _triton_fista(*operands, l2, weights.contiguous(), positive, init, tol, max_iter)
@@ -354,6 +481,11 @@ def _fake_encode(method: str, x: Tensor, dictionary: Tensor, *_: Any) -> tuple[T
     return codes, gap, x.new_empty(samples, dtype=torch.int64), x.new_empty(samples, dtype=torch.int8)
 
 
+def _fake_pursue(method: str, x: Tensor, dictionary: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    codes, _, iterations, status = _fake_encode(method, x, dictionary, *others)
+    return codes, iterations, status
+
+
 _encode = register(
     "sparse_encode(str method, Tensor x, Tensor dictionary, Tensor l1, Tensor weights, float l2, bool positive, "
     "Tensor? init, float tol, int max_iter) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -368,6 +500,14 @@ _encode_backward = register(
     reference=reference_encode_backward,
     fake=lambda grad, codes, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:4]),
     cpu=_cpu_encode_backward,
+    cuda=None,
+)
+_pursue = register(
+    "sparse_pursue(str method, Tensor x, Tensor dictionary, int n_nonzero, Tensor? init, int max_iter) -> "
+    "(Tensor, Tensor, Tensor)",
+    reference=reference_pursue,
+    fake=_fake_pursue,
+    cpu=None,
     cuda=None,
 )
 _ista = register(
@@ -416,6 +556,24 @@ class _Ista(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, dictionary, l1, init = _ista_backward(grad, *ctx.saved_tensors, *ctx.settings)
         return x, dictionary, l1, None, init if ctx.needs_input_grad[4] else None, None, None
+
+
+class _Value(torch.autograd.Function):
+    """The objective at solved codes, whose own change counts for nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor,
+                l2: float) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(codes, x, dictionary, l1, weights)
+        error = 0.5 * (x - codes @ dictionary).square().sum(1)
+        return error + l1 * (weights * codes.abs()).sum(1) + 0.5 * l2 * codes.square().sum(1)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        codes, x, dictionary, l1, weights = ctx.saved_tensors
+        pull, size = grad[:, None] * (x - codes @ dictionary), codes.abs()
+        return None, pull, -codes.T @ pull, grad * (size @ weights), (grad * l1) @ size, None
 
 
 # -------------------------------------------------------------------------------------------------- public
@@ -512,9 +670,9 @@ def ista(
     Args:
         x: samples, (samples, features), float32, float64, bfloat16 or float16 (these two computed in float32).
         dictionary: atoms as rows, (atoms, features), like `x`.
-        l1: weight of the L1 norm, a number or (samples,).
+        l1: weight of the L1 norm, a number or (samples,), above 0.
         max_iter: number of iterations.
-        step: step size, no gradient; None takes 1 / the largest eigenvalue of the Gram matrix.
+        step: step size, above 0, no gradient; None takes 1 / the largest eigenvalue of the Gram matrix.
         init: codes to start from, (samples, atoms); zero if None.
         momentum: Nesterov's, which makes it FISTA.
 
@@ -536,6 +694,8 @@ def ista(
         if not 0 < step < math.inf:
             raise ValueError(f"step: expected a finite number above 0, got {step}")
         step = x_.new_full((), step)
+    elif step.numel() != 1:
+        raise ValueError(f"step: expected a number or a tensor of one, got shape {tuple(step.shape)}")
     step = step.detach().to(x_.device, x_.dtype)
     return _Ista.apply(x_, dictionary_, l1_, step, init_, max_iter, momentum).to(x.dtype)
 
@@ -556,10 +716,11 @@ def duality_gap(x: Tensor, dictionary: Tensor, codes: Tensor, l1: float | Tensor
                 weights: Tensor | None = None, positive: bool = False) -> Tensor:  # fmt: skip
     """How far the objective at `codes` can be above its minimum, (samples,), not divided by |x|^2.
 
-    Arguments as for :func:`sparse_encode`.
+    Arguments as for :func:`sparse_encode`. Negative codes are infinitely far where `positive` forbids them.
     """
     l1_, weights_, h, r, c = _certified(x, dictionary, codes, l1, l2, weights)
-    return reference_gap(h, c, r.square().sum(1) + l2 * h.square().sum(1), l1_, weights_, positive)
+    gap = reference_gap(h, c, r.square().sum(1) + l2 * h.square().sum(1), l1_, weights_, positive)
+    return torch.where((h < 0).any(1), math.inf, gap) if positive else gap
 
 
 @_full_precision
@@ -583,7 +744,7 @@ def lambda_max(x: Tensor, dictionary: Tensor, *, weights: Tensor | None = None, 
     """The `l1` from which on each sample's codes are zero, (samples,)."""
     x_, dictionary_, _, weights_ = _problem(x, dictionary, 1.0, weights, 0.0)
     c = x_ @ dictionary_.T / weights_
-    return (c if positive else c.abs()).amax(1).clamp_min(0)
+    return (c if positive else c.abs()).amax(1).clamp_min(0) if c.shape[1] else c.sum(1)
 
 
 @_full_precision
@@ -613,9 +774,9 @@ def sparse_encode(
         weights: each atom's factor on `l1`, (atoms,), above 0; 1 if None.
         positive: allow no negative codes.
         init: codes to start from, (samples, atoms).
-        solver: "cd" is an active set and coordinate descent within a working set (C++, on CPU); "fista" has restart and
-            backtracking of each sample's own; "ista" neither momentum nor restart; "auto" takes "cd" where it exists,
-            else "fista".
+        solver: "cd" is an active set and coordinate descent within a working set (C++, on CPU, up to 8192 atoms);
+            "fista" has restart and backtracking of each sample's own; "ista" neither momentum nor restart; "auto" takes
+            "cd" where it exists, and solves what it misses once more, in float64 and by "fista"; else "fista".
             "omp" (orthogonal matching pursuit) and "iht" (iterative hard thresholding) solve the problem with at most
             `n_nonzero` atoms instead.
         tol: relative duality gap to reach; None is 1e-4, or what the dtype can reach.
@@ -658,6 +819,8 @@ def sparse_encode(
     on_cpu = x.device.type == "cpu" and CORE is not None
     if solver == "cd" and not on_cpu:
         raise ValueError(f"solver: 'cd' runs in the C++ core on cpu tensors, use 'fista' on {x.device}")
+    if solver == "cd" and dictionary.shape[0] > MAX_GRAM_ATOMS:
+        raise ValueError(f"solver: 'cd' takes up to {MAX_GRAM_ATOMS} atoms, use 'fista' for {dictionary.shape[0]}")
     if sparse_output:
         return _encode_to_csr(
             x, dictionary, l1, l2=l2, weights=weights, positive=positive, init=init, solver=solver, tol=tol,
@@ -666,10 +829,11 @@ def sparse_encode(
     with torch.no_grad():
         if pursuit:
             assert n_nonzero is not None
-            codes, info = _pursue(solver, x_, dictionary_, n_nonzero, init_, max_iter)
+            codes, iterations, status = _pursue(solver, x_.detach(), dictionary_.detach(), n_nonzero, init_, max_iter)
+            info = SparseInfo(torch.full_like(l1_, math.nan), iterations, status)
             l1_ = torch.zeros_like(l1_)
         else:
-            method = ("cd" if on_cpu else "fista") if solver == "auto" else solver
+            method = "fista" if solver == "auto" and not on_cpu else solver
             # In half precision most of the gap is left to the rounding of the codes.
             codes, gap, iterations, status = _encode(
                 method, x_.detach(), dictionary_.detach(), l1_.detach(), weights_.detach(), l2, positive, init_,
@@ -684,24 +848,25 @@ def sparse_encode(
         with torch.no_grad():
             gap = duality_gap(x_, dictionary_, codes.to(x_.dtype), l1_, l2=l2, weights=weights_, positive=positive)
             gap = gap / x_.square().sum(1).clamp_min(torch.finfo(x_.dtype).tiny)
-        info = SparseInfo(gap, info.iterations, torch.where(gap <= tol, info.status, MAX_ITER).to(torch.int8))
+        info = SparseInfo(gap, info.iterations, torch.where(gap <= tol, info.status, MISSED).to(torch.int8))
     return (codes, info) if return_info else codes
 
 
 @_full_precision
 def sparse_value(x: Tensor, dictionary: Tensor, l1: float | Tensor, *, l2: float = 0.0, weights: Tensor | None = None,
-                 positive: bool = False, **settings: Any) -> Tensor:  # fmt: skip
+                 positive: bool = False, init: Tensor | None = None, solver: str = "auto", tol: float | None = None,
+                 max_iter: int = 1000) -> Tensor:  # fmt: skip
     """The optimal objective of each sample, (samples,), float32 or float64.
 
     Its gradient needs no derivative of the codes (Danskin): at the optimum the objective does not change with them.
-    Arguments as for :func:`sparse_encode`.
+    Arguments as for :func:`sparse_encode`, of whose solvers "omp" and "iht" minimise something else.
     """
+    check_choice("solver", solver, SOLVERS[:4])
+    settings: dict[str, Any] = {"l2": l2, "weights": weights, "positive": positive}
     with torch.no_grad():
-        codes = sparse_encode(x, dictionary, l1, l2=l2, weights=weights, positive=positive, **settings)
+        codes = sparse_encode(x, dictionary, l1, init=init, solver=solver, tol=tol, max_iter=max_iter, **settings)
     x_, dictionary_, l1_, weights_ = _problem(x, dictionary, l1, weights, l2)
-    h = codes.to(x_.dtype)
-    error = 0.5 * (x_ - h @ dictionary_).square().sum(1)
-    return error + l1_ * (weights_ * h.abs()).sum(1) + 0.5 * l2 * h.square().sum(1)
+    return _Value.apply(codes.to(x_.dtype), x_, dictionary_, l1_, weights_, l2)
 
 
 # ------------------------------------------------------------------------------------- a number of atoms, not l1
@@ -714,54 +879,17 @@ def _check_pursuit(n_nonzero: int | None, dictionary: Tensor, weights: Tensor | 
             raise ValueError(f"{name}: not for solvers 'omp' and 'iht'")
 
 
-def _pursue(solver: str, x: Tensor, dictionary: Tensor, n_nonzero: int, init: Tensor | None,
-            max_iter: int) -> tuple[Tensor, SparseInfo]:  # fmt: skip
-    samples, atoms = x.shape[0], dictionary.shape[0]
-    if solver == "iht":
-        step = 1 / lipschitz(dictionary)
-        codes = x.new_zeros(samples, atoms) if init is None else init
-        for _ in range(max_iter):
-            moved = codes + step * ((x - codes @ dictionary) @ dictionary.T)
-            kept = moved.abs().topk(n_nonzero, 1).indices
-            codes = torch.zeros_like(moved).scatter_(1, kept, moved.gather(1, kept))
-        count = max_iter
-    else:
-        codes = torch.cat([_omp(block, dictionary, n_nonzero) for block in x.split(1024)])
-        count = n_nonzero
-    nan = x.new_full((samples,), math.nan)
-    done = torch.full((samples,), count, dtype=torch.int64, device=x.device)
-    return codes, SparseInfo(nan, done, torch.zeros(samples, dtype=torch.int8, device=x.device))
-
-
-def _omp(x: Tensor, dictionary: Tensor, n_nonzero: int) -> Tensor:
-    # Pati et al. 1993: add the atom most correlated with the residual, then refit all chosen ones.
-    samples, atoms = x.shape[0], dictionary.shape[0]
-    norms = dictionary.norm(dim=1)
-    unit = dictionary / torch.where(norms > 0, norms, 1.0)[:, None]
-    chosen = torch.zeros(samples, 0, dtype=torch.int64, device=x.device)
-    residual, solution = x, x.new_zeros(samples, 0)
-    for _ in range(n_nonzero):
-        score = (residual @ unit.T).abs().scatter(1, chosen, -1.0)
-        chosen = torch.cat([chosen, score.argmax(1, keepdim=True)], 1)
-        basis = dictionary[chosen]
-        gram = basis @ basis.mT
-        ridge = torch.finfo(x.dtype).eps * gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-30)
-        gram = gram + ridge[:, None, None] * torch.eye(chosen.shape[1], dtype=x.dtype, device=x.device)
-        solution = torch.linalg.solve(gram, (basis @ x[:, :, None])).squeeze(2)
-        residual = x - (solution[:, None] @ basis).squeeze(1)
-    return x.new_zeros(samples, atoms).scatter_(1, chosen, solution)
-
-
 def _encode_to_csr(x: Tensor, dictionary: Tensor, l1: float | Tensor | None, *, init: Tensor | None,
                    return_info: bool, **settings: Any) -> Any:  # fmt: skip
     crows, columns, values, infos = [torch.zeros(1, dtype=torch.int64, device=x.device)], [], [], []
     with torch.no_grad():
         for first in range(0, max(x.shape[0], 1), 4096):
             rows = slice(first, first + 4096)
-            codes, info = sparse_encode(
-                x[rows], dictionary, l1[rows] if isinstance(l1, Tensor) and l1.dim() else l1,
-                init=None if init is None else init[rows], return_info=True, **settings,
-            )  # fmt: skip
+            with own_warning():
+                codes, info = sparse_encode(
+                    x[rows], dictionary, l1[rows] if isinstance(l1, Tensor) and l1.dim() else l1,
+                    init=None if init is None else init[rows], return_info=True, **settings,
+                )  # fmt: skip
             crows.append(crows[-1][-1] + (codes != 0).sum(1).cumsum(0))
             where = codes.nonzero(as_tuple=True)
             columns.append(where[1])
@@ -770,4 +898,7 @@ def _encode_to_csr(x: Tensor, dictionary: Tensor, l1: float | Tensor | None, *, 
         shape = (x.shape[0], dictionary.shape[0])
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch's, that CSR is in beta
             csr = torch.sparse_csr_tensor(torch.cat(crows), torch.cat(columns), torch.cat(values), shape)
-    return (csr, SparseInfo(*(torch.cat(parts) for parts in zip(*infos, strict=True)))) if return_info else csr
+    info = SparseInfo(*(torch.cat(parts) for parts in zip(*infos, strict=True)))
+    if settings["solver"] != "iht":
+        _warn(info.status, settings["max_iter"])
+    return (csr, info) if return_info else csr

@@ -93,6 +93,9 @@ def learn_dictionary(
     folder = Path(folder)
     if (folder / "components.npy").exists() and not overwrite:
         raise FileExistsError(f"{folder} already holds a dictionary; choose another --out or add --overwrite")
+    for name, value, least in (("patch_size", patch_size, 1), ("samples", samples, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     random = np.random.default_rng(seed)
     x = _samples(data, patch_size, samples, raw, random)
     if len(x) < 2:

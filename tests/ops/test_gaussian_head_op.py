@@ -108,6 +108,16 @@ def test_randomness_follows_manual_seed_and_generator():
     assert not torch.equal(first, second)
 
 
+def test_under_autocast_it_computes_in_the_weights_type():
+    leaves = operands((4,), 5, 3, torch.float32)
+    hidden, *parameters = leaves
+    seed = torch.tensor([3])
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = gaussian_head(hidden.bfloat16(), *parameters, seed=seed)
+    expected = gaussian_head(hidden.bfloat16().float(), *parameters, seed=seed)
+    assert all(map(torch.equal, outputs, expected))
+
+
 def test_errors_name_the_argument():
     hidden, weight, bias = (t.detach() for t in operands((4,), 5, 3, torch.float32))
     cases = [

@@ -1,7 +1,9 @@
 """Sparse coding against its definition, scikit-learn, exact optimality conditions and finite differences."""
 
+import functools
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -187,7 +189,7 @@ def test_wrong_signs_to_start_from_are_dropped(solver):
 def test_missed_tolerance_is_told_once_and_per_sample(solver):
     x, dictionary, _ = problem(33, 20, 41)
     x[:3] = 0  # solved at once
-    with pytest.warns(UserWarning, match=r"30 of 33 samples missed the tolerance within 1 iterations") as record:
+    with pytest.warns(UserWarning, match=r"30 of 33 samples missed the tolerance, in at most 1 iterations") as record:
         codes, info = sparse_encode(x, dictionary, 0.01, solver=solver, tol=1e-12, max_iter=1, return_info=True)
     assert len(record) == 1
     assert info.status.tolist() == [0] * 3 + [1] * 30
@@ -311,12 +313,107 @@ def test_gradient_of_duplicated_atoms_is_finite():
     assert torch.isfinite(twice.grad).all()
 
 
-def test_second_derivatives_are_refused():
+@pytest.mark.parametrize("function", [sparse_encode, sparse_value, ista])
+def test_second_derivatives_are_refused(function):
     x, dictionary, _ = problem(5, 7, 9)
     x = leaf(x)
-    (grad,) = torch.autograd.grad(sparse_encode(x, dictionary, 0.1).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    for power in (1, 2):
+        loss = function(x, dictionary, 0.1).pow(power).sum()
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            torch.autograd.grad(grad.sum() + x.square().sum(), x)
+
+
+def test_gradient_of_dependent_atoms_is_that_of_the_core():
+    """Duplicates, and supports of more atoms than features: what a GPU's solver gives, whose gradient has no core."""
+    x, dictionary, _ = problem(6, 7, 5)
+    for atoms, l2 in ((torch.cat([dictionary, dictionary]), 0.0), (problem(1, 7, 40)[1], 0.01)):
+        codes = torch.randn(6, len(atoms), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        codes[0] = 0
+        codes[1, ::2] = 0
+        inputs = codes, x, atoms, torch.full((6,), 0.1, dtype=torch.float64), torch.ones(len(atoms)).double(), l2
+        grad = codes.cos() * (codes != 0)
+        expected = sparse._encode_backward(grad, *inputs)
+        for found, want in zip(sparse.reference_encode_backward(grad, *inputs), expected, strict=True):
+            assert torch.isfinite(found).all()
+            torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6 * want.abs().max().item())
+
+
+@pytest.mark.skipif(CORE is None, reason="the C++ core is not built")
+def test_what_the_core_misses_is_solved_once_more(recwarn):
+    random = torch.Generator().manual_seed(0)
+    common = torch.nn.functional.normalize(0.02 * torch.randn(128, 64, generator=random) + 1)  # all but one direction
+    x = torch.randn(8, 64, generator=random) + 5
+    missed = sparse_encode(x, common, 0.01, solver="cd", return_info=True)[1]
+    assert missed.status.any()
+    recwarn.clear()
+    codes, info = sparse_encode(x, common, 0.01, return_info=True)
+    assert not info.status.any()
+    assert not recwarn
+    exact = duality_gap(x.double(), common.double(), codes.double(), 0.01) / x.double().square().sum(1)
+    assert (exact <= 1.01e-4).all()
+    assert (info.gap <= missed.gap).all()
+
+    wide = torch.eye(2500)  # more atoms in use than the core's working set holds
+    x = torch.randn(2, 2500, generator=random) + 3
+    codes, info = sparse_encode(x, wide, 0.01, return_info=True)
+    assert not info.status.any()
+    torch.testing.assert_close(codes, soft_threshold(x, 0.01), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("solver", ["cd", "fista", "ista"])
+def test_a_broken_start_is_no_solution_and_spoils_no_neighbour(solver):
+    x, dictionary, _ = problem(6, 7, 20, torch.float32)
+    init = torch.zeros(6, 20)
+    init[1] = torch.nan
+    with pytest.raises(ValueError, match="init: expected finite numbers, got nan or inf"):
+        sparse_encode(x, dictionary, 0.1, init=init, solver=solver)
+    init[1] = 3e38
+    with pytest.warns(UserWarning, match="missed the tolerance"):
+        codes, info = sparse_encode(x, dictionary, 0.1, init=init, solver=solver, return_info=True)
+    others = torch.arange(6) != 1
+    alone, certified = sparse_encode(x[others], dictionary, 0.1, init=init[others], solver=solver, return_info=True)
+    assert info.status[1] == 1
+    torch.testing.assert_close(info.gap[others], certified.gap, rtol=0, atol=1e-6)
+    torch.testing.assert_close(codes[others], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["omp", "iht"])
+def test_pursuits_refuse_nan_and_tell_of_a_moving_support(solver):
+    x, dictionary, _ = problem(6, 7, 20)
+    _, info = sparse_encode(x, dictionary, solver=solver, n_nonzero=3, max_iter=1, return_info=True)
+    assert info.status.tolist() == [int(solver == "iht")] * 6
+    assert not sparse_encode(x, dictionary, solver=solver, n_nonzero=3, return_info=True)[1].status.any()
+    for name, place in (("x", x), ("dictionary", dictionary)):
+        place[2, 3] = torch.nan
+        with pytest.raises(ValueError, match=f"{name}: expected finite numbers"):
+            sparse_encode(x, dictionary, solver=solver, n_nonzero=3)
+        place[2, 3] = 0
+
+
+def test_one_warning_for_all_blocks_of_a_sparse_output():
+    x, dictionary, _ = problem(5000, 3, 4)
+    with pytest.warns(UserWarning, match="of 5000 samples missed") as record:
+        sparse_encode(x, dictionary, 0.01, tol=1e-12, max_iter=1, solver="fista", sparse_output=True)
+    assert len(record) == 1
+
+
+def test_own_warning_is_of_one_thread():
+    x, dictionary, _ = problem(5, 7, 9)
+    solve = functools.partial(sparse_encode, x, dictionary, 0.01, solver="fista", max_iter=1)
+    with sparse.own_warning(), ThreadPoolExecutor(1) as pool:
+        with pytest.warns(UserWarning, match="missed"):
+            pool.submit(solve).result()
+        with warnings.catch_warnings(action="error"):
+            solve()
+
+
+def test_what_no_code_can_be_and_no_atoms():
+    x, dictionary, _ = problem(5, 7, 9)
+    codes = torch.zeros(5, 9).double()
+    codes[2, 4] = -0.1
+    assert duality_gap(x, dictionary, codes, 0.1, positive=True).isinf().tolist() == [False, False, True, False, False]
+    assert lambda_max(x, dictionary[:0]).tolist() == [0] * 5
 
 
 def test_ops_pass_opcheck():
@@ -326,6 +423,8 @@ def test_ops_pass_opcheck():
     for method in ("cd", "fista", "ista"):
         for init in (None, codes):
             torch.library.opcheck(sparse._encode, (method, x, dictionary, l1, weights, 0.1, False, init, 1e-4, 999))
+    for method in ("omp", "iht"):
+        torch.library.opcheck(sparse._pursue, (method, x, dictionary, 3, None, 9))
     torch.library.opcheck(sparse._encode_backward, (torch.ones_like(codes), codes, x, dictionary, l1, weights, 0.1))
     for init in (None, codes):
         torch.library.opcheck(sparse._ista, (x, dictionary, l1, step, init, 5, True))

@@ -101,11 +101,13 @@ def test_checkpoint_draws_the_same_noise_again(name, backend):
 def test_a_second_derivative_is_a_clear_error(name, backend):
     inputs = leaves(CASES[name])
     differentiable = [tensor for tensor in inputs.values() if tensor.requires_grad]
-    outputs = CASES[name].call(**inputs)
-    # Squared, so that the upstream gradient itself needs one.
-    first = torch.autograd.grad([o.square().sum() for o in outputs], differentiable, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        sum(grad.sum() for grad in first).backward()
+    for power in (1, 2):  # of a sum the upstream gradient needs none itself
+        outputs = CASES[name].call(**inputs)
+        first = torch.autograd.grad([o.pow(power).sum() for o in outputs], differentiable, create_graph=True)
+        total = sum(grad.sum() for grad in first) + sum(tensor.square().sum() for tensor in differentiable)
+        for ask in (lambda: total.backward(retain_graph=True), lambda: torch.autograd.grad(total, differentiable)):  # noqa: B023
+            with pytest.raises(RuntimeError, match="first derivatives only"):
+                ask()
 
 
 @every_case

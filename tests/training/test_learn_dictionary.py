@@ -49,6 +49,13 @@ def test_patches_of_a_folder_of_images(images):
         samples(images)
 
 
+@pytest.mark.parametrize(("name", "value", "least"), [("patch_size", 0, 1), ("samples", -5, 0)])
+def test_wrong_settings_are_named(name, value, least, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} must be at least {least}, got {value}"):
+        learn_dictionary(None, tmp_path / "out", **{name: value})
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_image_is_cut_where_it_is(tmp_path):
     stack = np.arange(2 * 6 * 7, dtype=np.uint8).reshape(2, 6, 7)
     np.save(tmp_path / "x.npy", stack)
