@@ -497,5 +497,5 @@ def test_wrong_arguments_are_named():
         with pytest.raises(ValueError, match=message):
             call()
     for layer in (SparseCoding(7, 9, 0.1), SparseAutoEncoder(7, 9, l1=0.1)):  # no digits are lost in silence
-        with pytest.raises((TypeError, RuntimeError), match="[Ff]loat"):
+        with pytest.raises((TypeError, RuntimeError), match=r"[Ff]loat"):
             layer(torch.zeros(3, 7, dtype=torch.float64))
