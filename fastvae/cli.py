@@ -43,8 +43,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 _SETTINGS: dict[str, dict[str, str]] = {
     "data": {
-        "data": "corpus name (assistant, ptb), folder with train.txt, valid.txt and test.txt, or text file, "
-        "one sentence a line",
+        "data": "corpus name (assistant, ptb, dailydialog, smd), folder with train.txt, valid.txt and test.txt, or "
+        "text file, one sentence a line",
         "valid": "validation text; by default the corpus's own, or each 19th of 20 sentences of a file",
         "vocab_size": "most words kept, special tokens included",
         "min_count": "rarer words become <unk>",
@@ -204,10 +204,20 @@ def _message(error: Exception) -> str | None:
 
 
 def _seed(text: str) -> int:
-    seed = int(text)
+    try:
+        seed = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
     if not 0 <= seed < SEEDS:
         raise argparse.ArgumentTypeError(f"expected at least 0 and below 2^32, got {seed}")
     return seed
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return sizes(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers, parted by commas, got {text!r}") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -362,7 +372,7 @@ def _add_train(parser: _Parser, config: type[RunConfig]) -> None:
                 group.add_argument(flag, choices=choices, **options)
             else:
                 metavar = _METAVARS.get(name, "SIZES" if kind is tuple else kind.__name__.upper())
-                group.add_argument(flag, type=sizes if kind is tuple else kind, metavar=metavar, **options)
+                group.add_argument(flag, type=_sizes if kind is tuple else kind, metavar=metavar, **options)
 
 
 _METAVARS = {"data": "NAME|PATH", "valid": "FILE", "out": "FOLDER", "accelerator": "NAME"}
@@ -762,7 +772,12 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
 
 
 def _sentences(arguments: argparse.Namespace) -> list[str]:
-    sentences = arguments.sentences or [line for line in map(str.strip, sys.stdin) if line]
+    sentences = arguments.sentences
+    if not sentences:
+        try:
+            sentences = [line for line in map(str.strip, sys.stdin) if line]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input is not UTF-8 text: byte 0x{error.object[error.start]:02x}") from error
     if not sentences:
         raise ValueError("there is no sentence: give some as arguments or on standard input")
     return sentences
@@ -1026,6 +1041,8 @@ def _map(arguments: argparse.Namespace) -> int:
 
     if arguments.count < 2:
         raise ValueError(f"--count must be at least 2, got {arguments.count}")
+    if arguments.out and not arguments.out.endswith(".png"):
+        raise ValueError(f"--out must end with .png, got {arguments.out!r}")
     loaded = _load(arguments)
     _require(arguments, loaded, "posterior_mean")
     model, vocabulary, config = loaded
@@ -1056,9 +1073,10 @@ examples:
   fastvae export run
   fastvae export run --out server/models
 
-Writes start.onnx (z to static_gates, h, c), step.onnx (tokens, static_gates, h, c to log_probs, next_h, next_c)
-and vocabulary.txt, whose line n is word n, counted from 0. A server calls the start once and the step for each
-token, with <s> first; the greedy choice is the argmax of log_probs, in nats. The batch may have any size.
+Writes a plain LSTM decoder as start.onnx (z to static_gates, h, c) and step.onnx (tokens, static_gates, h, c to
+log_probs, next_h, next_c), and vocabulary.txt, whose line n is word n, counted from 0. A server calls the start once
+and the step for each token, with <s> first; the greedy choice is the argmax of log_probs, in nats. The batch may have
+any size.
 """
 
 
@@ -1077,6 +1095,8 @@ def _export(arguments: argparse.Namespace) -> int:
     if not isinstance(model, SentenceVAE):
         raise ValueError(f"export is for runs of sentence_vae, and {arguments.folder} is one of {config['model']}")
     folder = Path(arguments.out) if arguments.out else Path(arguments.folder) / "onnx"
+    if config.get("decoder", "lstm") != "lstm":
+        raise ValueError(f"export is for LSTM decoders, and that of {arguments.folder} is {config['decoder']}")
     paths = export_onnx(model.decoder, folder)
     vocabulary.save(folder / "vocabulary.txt")
     print(f"written to {', '.join(map(str, paths))} and {folder / 'vocabulary.txt'}")
@@ -1084,8 +1104,13 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace) -> _Loaded:
+    from pathlib import Path
+
     from fastvae.training.checkpoint import load_run
 
+    out = getattr(arguments, "out", None)
+    if out and arguments.command != "export" and not (parent := Path(out).parent).is_dir():  # before the work
+        raise ValueError(f"--out {out}: there is no folder {parent}")
     return load_run(arguments.folder, which=arguments.checkpoint, device=_device(arguments))
 
 
@@ -1103,6 +1128,7 @@ def _device(arguments: argparse.Namespace) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        torch.Generator(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
@@ -1233,7 +1259,7 @@ def _info(arguments: argparse.Namespace) -> int:
     cuda = torch.cuda.is_available()
     lines.append(("CUDA device", torch.cuda.get_device_name() if cuda else "none"))
     lines.append(("FASTVAE_CACHE", os.environ.get("FASTVAE_CACHE") or "not set (downloads go to the user's cache)"))
-    lines.append(("FASTVAE_DATA", os.environ.get("FASTVAE_DATA") or "not set (only needed for --data ptb)"))
+    lines.append(("FASTVAE_DATA", os.environ.get("FASTVAE_DATA") or "not set (needed for ptb, sst2, dailydialog, smd)"))
     for name, value in lines:
         print(f"{name:<18}{value}")
     rows = backend.describe()

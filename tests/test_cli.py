@@ -160,6 +160,26 @@ def test_seeds_have_a_range(capsys, run_folder, command):
         assert "--seed: expected at least 0 and below 2^32" in fails(capsys, command, str(run_folder), "--seed", seed)
 
 
+def test_what_cannot_be_written_or_used_is_told_before_the_work(capsys, run_folder, tmp_path, text_file, monkeypatch):
+    run, out = str(run_folder), str(tmp_path / "absent" / "x.png")
+    monkeypatch.setattr("fastvae.training.checkpoint.load_run", None)  # what begins the work
+    for command in ("evaluate", "map"):
+        assert f"--out {out}: there is no folder" in fails(capsys, command, run, "--out", out)
+    assert "--out must end with .png, got 'map.txt'" in fails(capsys, "map", run, "--out", "map.txt")
+    assert "--device 'meta' cannot be used here" in fails(capsys, "sample", run, "--device", "meta")
+    assert "--seed: expected a whole number, got 'abc'" in fails(capsys, "sample", run, "--seed", "abc")
+    assert "out must name a folder" in fails(capsys, "train", "--data", str(text_file), "--out", "")
+
+
+def test_export_of_another_decoder_is_refused_and_leaves_nothing(tmp_path, text_file, capsys):
+    model = SentenceVAE(9, embed_dim=4, hidden_size=5, latent_dim=3, decoder="gru")
+    folder = saved_run(tmp_path / "gru", model, {"data": str(text_file), "decoder": "gru"})
+    pytest.importorskip("onnxscript")
+    before = sorted(folder.rglob("*"))
+    assert f"export is for LSTM decoders, and that of {folder} is gru" in fails(capsys, "export", str(folder))
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_mistakes_of_a_settings_file(capsys, tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("data: x\nlatent_dims: 3\n")
@@ -279,6 +299,8 @@ def test_reconstruct_from_arguments_and_from_standard_input(run_folder, capsys, 
     assert capsys.readouterr().out == from_arguments
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     assert "no sentence" in fails(capsys, "reconstruct", str(run_folder))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"))
+    assert "standard input is not UTF-8 text: byte 0xe9" in fails(capsys, "reconstruct", str(run_folder))
 
 
 def test_interpolate_begins_and_ends_at_the_reconstructions(run_folder, capsys):

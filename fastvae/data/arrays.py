@@ -295,7 +295,7 @@ def _image_folder(folder: Path, size: int) -> Samples:
             (height, width), (first_height, first_width) = image.shape[:2], images[0].shape[:2]
             raise ValueError(
                 f"{folder}: images must have one size, but {files[0].name} has {first_width} x {first_height} and "
-                f"{file.name} {width} x {height} pixels; image_size (--image-size) makes them alike"
+                f"{file.name} {width} x {height} pixels; fastvae train --image-size makes them alike, for the model too"
             )
         images.append(image)
     folders = [file.relative_to(folder).parts[0] for file in files]

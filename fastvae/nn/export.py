@@ -150,10 +150,10 @@ def export_onnx(decoder: SentenceDecoder, folder: str | os.PathLike[str]) -> tup
     _check_installed("onnx")
     _check_installed("onnxscript")
     settings = ("bos_index", "eos_index", "vocab_size", "latent_dim", "num_layers", "hidden_size")
-    folder = Path(folder)
+    examples, folder = _examples(decoder), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "start.onnx", folder / "step.onnx"
-    for example, path in zip(_examples(decoder), paths, strict=True):
+    for example, path in zip(examples, paths, strict=True):
         with torch.no_grad(), _quietly():
             program: Any = torch.onnx.export(
                 example.module,

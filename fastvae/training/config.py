@@ -94,6 +94,8 @@ class RunConfig:
                 value = getattr(self, name, None)
                 if value is not None and not value >= smallest:  # not <, which lets NaN pass
                     raise ValueError(f"{name} must be at least {smallest}, got {value}")
+        if not self.out:
+            raise ValueError("out must name a folder, got nothing (--out)")
         if self.seed >= SEEDS:
             raise ValueError(f"seed must be below 2^32, got {self.seed}")
         for name in ("lr", "clip"):
@@ -136,6 +138,18 @@ class KLConfig(RunConfig):
     kl_steps: int = 0
     free_bits: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kl_weight == float("inf"):
+            raise ValueError(f"kl_weight must be finite, got {self.kl_weight}")
+        if self.kl_schedule == "logistic" and self.kl_start:
+            raise ValueError(f"kl_start must be 0 with a logistic kl_schedule, got {self.kl_start}")
+        if self.kl_schedule != "constant" and not self.kl_steps and getattr(self, "streaming", False):
+            raise ValueError(
+                f"kl_steps must be given for a {self.kl_schedule} kl_schedule (--kl-steps): streaming, the length of "
+                "the run is unknown"
+            )
+
 
 @dataclass(frozen=True)
 class TextConfig(RunConfig):
@@ -163,11 +177,13 @@ class TextConfig(RunConfig):
     hidden_size: int = 256
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.streaming and self.valid is None:
             raise ValueError("streaming needs a validation file: give valid (--valid FILE)")
+        if self.streaming and self.lr_schedule != "constant":
+            raise ValueError(f"lr_schedule {self.lr_schedule!r} needs an epoch of known length, not streaming")
         if self.streaming and self.data.endswith(".tsv"):
             raise ValueError(f"streaming is for plain text, one sentence a line, got {self.data}")
+        super().__post_init__()
 
 
 def training_part(data: str, valid: str | None) -> str:
@@ -231,6 +247,8 @@ class TrainConfig(TextConfig, KLConfig):
             raise ValueError(
                 f"encoder_noise_level must be {expected} where encoder_noise is {self.encoder_noise!r}, got {level}"
             )
+        if self.batch_norm and self.batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2 with batch_norm, got {self.batch_size}")
         if self.aggressive_steps and (self.devices > 1 or self.streaming or self.precision == "16-mixed"):
             raise ValueError("aggressive_steps needs one device, no streaming, and precision 32 or bf16-mixed")
         _check_encoder(self.encoder, CHOICES["decoder"])

@@ -40,22 +40,15 @@ def kl_schedule(config: KLConfig, total_steps: int) -> Schedule:
 
     Args:
         config: uses kl_schedule, kl_start, kl_weight and kl_steps.
-        total_steps: optimizer steps of the run, a third of which stands for kl_steps = 0; -1 for unknown.
-
-    Raises:
-        ValueError: kl_steps is 0 and the length of the run is unknown, or kl_start with a logistic schedule.
+        total_steps: optimizer steps of the run, a third of which stands for kl_steps = 0.
     """
     if config.kl_schedule == "constant":
         return make_schedule("constant", weight=config.kl_weight)
-    if not config.kl_steps and total_steps < 0:
-        raise ValueError("kl_steps must be given: the number of steps of a streamed epoch is unknown")
     steps = config.kl_steps or max(1, total_steps // 3)
     if config.kl_schedule == "linear":
         return make_schedule("linear", start=config.kl_start, end=config.kl_weight, steps=steps)
     if config.kl_schedule == "cyclical":
         return make_schedule("cyclical", period=steps, start=config.kl_start, end=config.kl_weight)
-    if config.kl_start:
-        raise ValueError(f"kl_start must be 0 with a logistic kl_schedule, got {config.kl_start}")
     # Bowman et al.'s k = 0.0025, x0 = 2500, rescaled to run from 0.002 to 0.998 in `steps`
     sigmoid = make_schedule("logistic", k=12.5 / steps, x0=steps / 2)
     return lambda step: config.kl_weight * sigmoid(step)
@@ -215,12 +208,15 @@ class RunModule(LightningModule):
         steps = [step for step, _ in self._unchecked]
         self._unchecked.clear()
         for step, terms in zip(steps, values, strict=True):
-            for term, value in zip(self.watched, terms, strict=True):
-                if not math.isfinite(value):
-                    raise NonFiniteLossError(
-                        f"the {term} became {value} at step {step}; training stopped and the last good "
-                        "checkpoint is kept. Try a smaller --lr or --clip, or --precision 32"
-                    )
+            self._check_finite(terms, step)
+
+    def _check_finite(self, terms: list[float], step: int, where: str = "") -> None:
+        for term, value in zip(self.watched, terms, strict=False):
+            if not math.isfinite(value):
+                raise NonFiniteLossError(
+                    f"the {term} became {value} at step {step}{where}; training stopped and the last good "
+                    "checkpoint is kept. Try a smaller --lr or --clip, or --precision 32"
+                )
 
     def write_step(self) -> None:
         """Write a row of metrics every `log_every` steps."""
@@ -265,10 +261,15 @@ class RunModule(LightningModule):
             self._latents.update(means)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation averages over all processes, and the active units of this process's share."""
+        """Log the validation averages over all processes, and the active units of this process's share.
+
+        Raises:
+            NonFiniteLossError: a term is NaN or infinite, before a checkpoint of such a model is written.
+        """
         assert self._validation is not None
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(self._validation)
+        self._check_finite(self._validation.tolist(), self.global_step, ", in validation")
         values = {f"valid/{name}": value for name, value in self.averages(self._validation).items()}
         if self._latents.count:
             values["valid/active_units"] = float((self._latents.variance > ACTIVE_VARIANCE).sum())
@@ -285,8 +286,6 @@ class RunModule(LightningModule):
         if course == "constant" and not warmup:
             return optimizer
         total = self._total_steps()
-        if total < 0 and course != "constant":
-            raise ValueError(f"lr_schedule {course!r} needs an epoch of known length, not streaming")
 
         def factor(step: int) -> float:
             rising, done = min((step + 1) / (warmup + 1), 1.0), min(step / total, 1.0)

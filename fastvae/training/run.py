@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fastvae.data import Scaling, Vocabulary
@@ -144,16 +143,16 @@ def train(
         data = ArrayDataModule(config, scaling, **where)
     torch.manual_seed(config.seed)
     module = build_module(config, data)
-    if getattr(rank_zero_only, "rank", 0) == 0:
-        _prepare_folder(folder, fresh=not resume, overwrite=overwrite)
-        write_yaml(config, folder / "config.yaml")
-        if not resume and isinstance(data, TextDataModule):
-            data.vocabulary.save(folder / "vocabulary.txt")
     checkpoints = RunCheckpoints(folder / "checkpoints", config.checkpoint_every)
     start = time.monotonic()
     interrupted = False
     with _quiet_lightning(), _matmul_precision(config.matmul_precision):
         trainer = _trainer(config, module, checkpoints, position["step"] if resume else None)
+        if trainer.is_global_zero:  # nothing is written, and no older run deleted, until all is accepted
+            _prepare_folder(folder, fresh=not resume, overwrite=overwrite)
+            write_yaml(config, folder / "config.yaml")
+            if not resume and isinstance(data, TextDataModule):
+                data.vocabulary.save(folder / "vocabulary.txt")
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoints.last if resume else None)
         except Interrupted:
@@ -248,7 +247,8 @@ def _trainer(config: RunConfig, module: RunModule, checkpoints: RunCheckpoints, 
             reload_dataloaders_every_n_epochs=1,
         )
     except MisconfigurationException as error:  # a device or a precision this machine has not
-        raise ValueError(" ".join(str(error).split())) from error
+        wanted = f"accelerator {config.accelerator!r}, precision {config.precision!r}"
+        raise ValueError(f"{wanted}: {' '.join(str(error).split())}") from error
 
 
 @contextmanager

@@ -507,7 +507,9 @@ def test_settings_of_other_models_are_refused(capsys):
     line = fails(capsys, "train", "--model", "vae", "--word-dropout", "0.2")
     assert line.endswith("word_dropout is a setting of sentence_vae, mixture_vae, dialogue, controlled_vae, not of vae")
     assert "invalid choice: 'gan'" in fails(capsys, "train", "--model", "gan")
-    assert "--hidden: invalid sizes value: 'many'" in fails(capsys, "train", "--model", "vae", "--hidden", "many")
+    assert "--hidden: expected whole numbers, parted by commas, got 'many'" in fails(
+        capsys, "train", "--model", "vae", "--hidden", "many"
+    )
 
 
 @pytest.mark.parametrize("model", CONFIGS)

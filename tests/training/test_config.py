@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from fastvae.training.config import (
@@ -63,6 +65,15 @@ def test_missing_yaml(tmp_path):
             "tie_weights needs embed_dim equal to hidden_size, got 8 and 256",
         ),
         ({"streaming": True}, "streaming needs a validation file"),
+        ({"streaming": True, "valid": "v.txt"}, r"kl_steps must be given for a linear kl_schedule \(--kl-steps\)"),
+        (
+            {"streaming": True, "valid": "v.txt", "kl_steps": 9, "lr_schedule": "cosine"},
+            "lr_schedule 'cosine' needs an epoch of known length, not streaming",
+        ),
+        ({"kl_weight": math.inf}, "kl_weight must be finite, got inf"),
+        ({"kl_schedule": "logistic", "kl_start": 0.1}, "kl_start must be 0 with a logistic kl_schedule, got 0.1"),
+        ({"batch_norm": 0.6, "batch_size": 1}, "batch_size must be at least 2 with batch_norm, got 1"),
+        ({"out": ""}, r"out must name a folder, got nothing \(--out\)"),
     ],
 )
 def test_values_out_of_range_are_named(changes, message):

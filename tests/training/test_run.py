@@ -353,10 +353,31 @@ def test_schedule_settings(settings):
     assert weights(-1, kl_schedule="linear", kl_steps=200) == pytest.approx([0, 0.25, 0.5, 0.75])
     assert weights(300, kl_schedule="cyclical") == pytest.approx([0, 1, 0, 1])
     assert weights(300, kl_schedule="logistic", kl_weight=2.0) == pytest.approx([0.0038, 1, 1.996, 2], abs=1e-3)
-    with pytest.raises(ValueError, match="kl_steps must be given"):
-        weights(-1, kl_schedule="linear")
-    with pytest.raises(ValueError, match="kl_start must be 0"):
-        weights(300, kl_schedule="logistic", kl_start=0.1)
+
+
+def test_what_is_refused_changes_no_folder(settings, tmp_path):
+    """Neither a new one nor, with overwrite or resume, an older run."""
+    for wrong, message in (
+        ({"accelerator": "gpu"}, "accelerator 'gpu', precision '32': No supported gpu backend found"),
+        ({"accelerator": "abacus"}, "accelerator='abacus'"),
+    ):
+        if wrong["accelerator"] == "gpu" and torch.cuda.is_available():
+            continue
+        with pytest.raises(ValueError, match=message):
+            train(settings(**wrong))
+        assert not (tmp_path / "run").exists()
+    train(settings(epochs=1))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for how in ({"overwrite": True}, {"resume": True}):
+        with pytest.raises(ValueError, match="accelerator='abacus'"):
+            train(settings(epochs=2, accelerator="abacus"), **how)
+        assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_model_that_validation_finds_broken_is_not_kept(settings, tmp_path):
+    with pytest.raises(NonFiniteLossError, match="became nan at step 1, in validation"):
+        train(settings(epochs=1, lr=1e30, batch_size=144))  # of one step, whose own loss is still finite
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_tensorboard_where_installed(settings, tmp_path):
