@@ -192,7 +192,7 @@ def _categorical_forward_kernel(
     _, total, _, mean = _divergence(shifted, prior_ptr, row, column, mask, prior_stride, HAS_PRIOR)
     kl = mean - tl.log(total)
     if not HAS_PRIOR:
-        kl = mean + (tl.log(classes.to(tl.float32)) - tl.log(total))
+        kl = mean + (tl.log(tl.cast(classes, tl.float32)) - tl.log(total))
     tl.store(kl_ptr + row, kl, mask=row < rows)
     offset = tl.zeros((), tl.int64)
     for _ in range(num_samples):

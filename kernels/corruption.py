@@ -56,7 +56,8 @@ def linear(
     y = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     if y.numel() > 0:
         options = _options(x, noise)
-        grid = triton.cdiv(outputs, options["BLOCK_M"]), triton.cdiv(rows, options["BLOCK_N"])
+        # One axis: the second may not have more than 65,535 blocks.
+        grid = (triton.cdiv(outputs, options["BLOCK_M"]) * triton.cdiv(rows, options["BLOCK_N"]),)
         _corrupted_linear_kernel[grid](
             x, weight, x if bias is None else bias, seed, y, rows, features, outputs, level, low, high,
             HAS_BIAS=int(bias is not None), **options,
@@ -185,8 +186,9 @@ def _corrupted_linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    output = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    across = tl.cdiv(outputs, BLOCK_M)
+    row = (tl.program_id(0) // across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    output = (tl.program_id(0) % across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     seed = tl.load(seed_ptr)
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, features, BLOCK_K):

@@ -161,7 +161,7 @@ def _mixture_forward_kernel(
     mean = sum_q / batch
     log_mean = tl.log(tl.where(mean < 1.0e-37, 1.0e-37, mean))
     tl.store(aggregate_ptr + m * size + k, mean, mask=k < size)
-    divergence = mean * (log_mean + tl.log(size.to(tl.float32))) - mean + 1.0 / size
+    divergence = mean * (log_mean + tl.log(tl.cast(size, tl.float32))) - mean + 1.0 / size
     tl.store(aggregate_kl_ptr + m, tl.sum(tl.where(k < size, divergence, 0.0), axis=0))
     tl.store(information_ptr + m, tl.sum(tl.where(k < size, sum_log / batch - mean * log_mean, 0.0), axis=0))
 

@@ -88,6 +88,7 @@ def register(
     fake: Callable[..., Any],
     cpu: Callable[..., Any] | None,
     cuda: Callable[..., Any] | None,
+    waits: bool = False,
 ) -> Callable[..., Any]:
     """Define ``fastvae::<schema>`` with one implementation per backend and return the callable op.
 
@@ -97,20 +98,31 @@ def register(
         fake: shape function for tracing.
         cpu: implementation over the C++ core; None where only the reference exists.
         cuda: implementation over Triton; None where only the reference exists.
+        waits: the host looks at values of CUDA tensors, so that no CUDA graph can hold the op.
     """
     name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None) if waits else None
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *([] if unsafe is None else [unsafe])))
     LIBRARY.impl(name, _owning(reference), "CompositeExplicitAutograd")
     if cpu is not None and CORE is not None:
         LIBRARY.impl(name, cpu, "CPU")
     if cuda is not None and not TRITON_MISSING:
-        LIBRARY.impl(name, _owning(cuda), "CUDA")  # may hand float64 to the reference
+        LIBRARY.impl(name, _owning(_on_its_device(cuda)), "CUDA")  # may hand float64 to the reference
     torch.library.register_fake(f"fastvae::{name}", fake, lib=LIBRARY)
     _OPS[name] = cpu is not None, cuda is not None
     op = getattr(torch.ops.fastvae, name).default
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, _outside_autocast(op, device.lower()), f"Autocast{device}")
     return op
+
+
+def _on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    # Triton launches on the current device, whatever that of the tensors is.
+    def call(*args: Any) -> Any:
+        with torch.cuda.device_of(next(t for t in args if isinstance(t, torch.Tensor))):
+            return implementation(*args)
+
+    return call
 
 
 def _owning(implementation: Callable[..., Any]) -> Callable[..., Any]:

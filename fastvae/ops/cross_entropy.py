@@ -240,6 +240,7 @@ def _cuda_forward(
 ) -> tuple[Tensor, Tensor]:
     if hidden.dtype == torch.float64:
         return reference(hidden, weight, bias, target, ignore_index, label_smoothing)
+    bias = None if bias is None else bias.contiguous()
     operands = (hidden.contiguous(), weight.contiguous(), bias, target.contiguous())
     return _triton_forward(*operands, ignore_index, label_smoothing)
 
@@ -262,7 +263,8 @@ def _cuda_backward(
             grad_losses, hidden, weight, bias, target, lse, ignore_index, label_smoothing, [], need_hidden, need_weight
         )
     grads = _triton_backward(
-        grad_losses.contiguous(), hidden.contiguous(), weight.contiguous(), bias, target.contiguous(), lse,
+        grad_losses.contiguous(), hidden.contiguous(), weight.contiguous(),
+        None if bias is None else bias.contiguous(), target.contiguous(), lse,
         ignore_index, label_smoothing, need_hidden, need_weight,
     )  # fmt: skip
     return _select(hidden, list(grads), need_hidden, need_weight)

@@ -388,6 +388,7 @@ generate = register(
     fake=_fake,
     cpu=_cpu,
     cuda=None,
+    waits=True,
 )
 # x weight' + bias, (rows, columns): a row does not depend on the rows around it, as those of a library's product may.
 linear_rows = register(

@@ -1,9 +1,12 @@
 """Steps repeated over tensors of fixed shapes: on CUDA captured as a graph once, then replayed without Python."""
 
+import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+_streams = threading.local()
 
 
 class StepGraph:
@@ -26,8 +29,7 @@ class StepGraph:
         self.state = tuple(t.clone(memory_format=torch.contiguous_format) for t in state)
         self._step = step
         device = self.state[0].device
-        # A capture must not be on the default stream.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _stream_of(device) if device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
         self.block = 1 if self._stream is None else 10
@@ -62,3 +64,16 @@ class StepGraph:
             finally:
                 graph.capture_end()
         return graph
+
+
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """Return this thread's stream for captures, which must not be on the default stream.
+
+    One for all: each stream keeps memory of its own, that of the matrix products' workspaces among it.
+    """
+    if not hasattr(_streams, "of"):
+        _streams.of = {}
+    if device not in _streams.of:
+        _streams.of[device] = torch.cuda.Stream(device)
+    stream: torch.cuda.Stream = _streams.of[device]
+    return stream

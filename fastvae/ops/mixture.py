@@ -148,15 +148,24 @@ _triton_forward = kernel("mixture", "forward")
 _triton_backward = kernel("mixture", "backward")
 
 
+_MAX_TILE_CUDA = 16384  # K * D, each rounded up to a power of 2: a program holds a sentence's share of it in registers
+
+
+def _by_reference(components: Tensor) -> bool:
+    tile = math.prod(1 << (size - 1).bit_length() for size in components.shape[1:])
+    return components.dtype == torch.float64 or tile > _MAX_TILE_CUDA
+
+
 def _cuda(*inputs: Tensor | None) -> tuple[Tensor, ...]:
-    z = inputs[0]
-    if z is not None and z.dtype == torch.float64:
+    assert inputs[4] is not None
+    if _by_reference(inputs[4]):
         return reference(*inputs)  # type: ignore[arg-type]
     return _triton_forward(*(None if x is None else x.contiguous() for x in inputs))
 
 
 def _cuda_backward(grads: list[Tensor], aggregate: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    if aggregate.dtype == torch.float64:
+    assert inputs[4] is not None
+    if _by_reference(inputs[4]):
         return reference_backward(grads, aggregate, *inputs)
     dense = (None if x is None else x.contiguous() for x in inputs)
     outputs = _triton_backward([g.contiguous() for g in grads], aggregate, *dense)

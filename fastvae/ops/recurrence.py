@@ -120,7 +120,7 @@ def triton_forward(module: str, reference: Callable[..., tuple[Tensor, ...]]) ->
 
     def call(tokens: Tensor, lengths: Tensor, static: Tensor, *args: Any) -> tuple[Tensor, ...]:
         serve = reference if static.dtype == torch.float64 else launch
-        return serve(*_contiguous(tokens, lengths, static, *args))
+        return serve(*_contiguous(tokens, _within(tokens, lengths), static, *args))
 
     return call
 
@@ -136,6 +136,7 @@ def triton_backward(
     launch, static = kernel(module, "backward"), outputs + 1 + saved + 2
 
     def call(*args: Any) -> tuple[Tensor, ...]:
+        args = *args[: static - 1], _within(*args[static - 2 : static]), *args[static:]
         if args[static].dtype == torch.float64:
             return reference(*args)
         likes = args[outputs], *args[static + 1 : static + outputs]
@@ -143,6 +144,11 @@ def triton_backward(
         return launch(*_contiguous(*grads, *args[outputs:static], *args[static + 1 :]))
 
     return call
+
+
+def _within(tokens: Tensor, lengths: Tensor) -> Tensor:
+    # Nobody looks at values on a GPU, and a length that is wrong must not lead a kernel out of its tensors.
+    return lengths.clamp(0, tokens.shape[1])
 
 
 def _contiguous(*args: Any) -> list[Any]:

@@ -493,6 +493,7 @@ _encode = register(
     fake=_fake_encode,
     cpu=_cpu_encode,
     cuda=_cuda_encode,
+    waits=True,
 )
 _encode_backward = register(
     "sparse_encode_backward(Tensor grad, Tensor codes, Tensor x, Tensor dictionary, Tensor l1, Tensor weights, "
@@ -501,6 +502,7 @@ _encode_backward = register(
     fake=lambda grad, codes, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:4]),
     cpu=_cpu_encode_backward,
     cuda=None,
+    waits=True,
 )
 _pursue = register(
     "sparse_pursue(str method, Tensor x, Tensor dictionary, int n_nonzero, Tensor? init, int max_iter) -> "
@@ -509,6 +511,7 @@ _pursue = register(
     fake=_fake_pursue,
     cpu=None,
     cuda=None,
+    waits=True,
 )
 _ista = register(
     "ista(Tensor x, Tensor dictionary, Tensor l1, Tensor step, Tensor? init, int max_iter, bool momentum) -> Tensor",

@@ -2,6 +2,7 @@
 
     python tests/kernels/resources.py             writes kernels/RESOURCES.md
     python tests/kernels/resources.py --json      prints the rows and the table
+    python tests/kernels/resources.py --smallest  compiles what sizes of 1 and float16 make of the kernels
 
 The launch functions themselves run, on meta tensors, with each launch replaced by its compilation: what is
 measured is what a user's call would compile.
@@ -41,6 +42,7 @@ from fastvae.kernels import (
 )
 
 ARCHITECTURES = (80, 90)
+_NOISES = ("gaussian", "masking", "salt_and_pepper")
 TABLE = Path(__file__).parents[2] / "kernels" / "RESOURCES.md"
 
 
@@ -72,6 +74,22 @@ def rows() -> Iterator[dict[str, Any]]:
                     call(sizes)
                 if compiled:
                     raise RuntimeError(f"{case}: {sizes} compiled again: {', '.join(compiled)}")
+
+
+def compile_smallest() -> int:
+    """Compile sizes of 1, which Triton makes constants of, and float16; returns how many kernels that were."""
+    knobs.compilation.always_compile = True
+    knobs.nvidia.dump_ptxas_log = True
+    driver.set_active(_Driver(ARCHITECTURES[-1]))
+    count = 0
+    for case, call in _SMALLEST.items():
+        with _compiling() as compiled:
+            try:
+                call(_Sizes(rows=1, steps=1))
+            except Exception as error:
+                raise RuntimeError(f"{case}: {error}") from error
+        count += len(compiled)
+    return count
 
 
 def write_table(table_rows: list[dict[str, Any]]) -> str:
@@ -208,16 +226,19 @@ def _mixture(sizes: _Sizes, latent: int) -> None:
     posterior.backward(density, density, z, mixture, mixture)
 
 
-def _mixture_prior(sizes: _Sizes, categorical: bool) -> None:
-    z, logits, components = _tensor(sizes.rows, 20, 16), _tensor(sizes.rows, 20, 5), _tensor(20, 5, 16)
+def _mixture_prior(sizes: _Sizes, categorical: bool, count: int = 20, size: int = 5, latent: int = 16) -> None:
+    z, logits = _tensor(sizes.rows, count, latent), _tensor(sizes.rows, count, size)
+    components = _tensor(count, size, latent)
     inputs = (z, None, logits, None, components) if categorical else (z, z, logits, components, components)
     kl, dispersion, *terms, aggregate = mixture.forward(*inputs)
     mixture.backward([kl, dispersion, *terms], aggregate, *inputs)
 
 
-def _cross_entropy(sizes: _Sizes, dtype: torch.dtype, label_smoothing: float = 0.0) -> None:
-    hidden = _tensor(sizes.rows, 256, dtype=dtype)
-    weight, bias = _tensor(10000, 256, dtype=dtype), _tensor(10000, dtype=dtype)
+def _cross_entropy(
+    sizes: _Sizes, dtype: torch.dtype, label_smoothing: float = 0.0, vocabulary: int = 10000, size: int = 256
+) -> None:
+    hidden = _tensor(sizes.rows, size, dtype=dtype)
+    weight, bias = _tensor(vocabulary, size, dtype=dtype), _tensor(vocabulary, dtype=dtype)
     target, losses = _tensor(sizes.rows, sizes.steps, dtype=torch.int64), _tensor(sizes.rows)
     cross_entropy.forward(hidden, weight, bias, target, -100, label_smoothing)
     cross_entropy.backward(losses, hidden, weight, bias, target, losses, -100, label_smoothing, True, True)
@@ -333,7 +354,33 @@ _CASES: dict[str, Callable[[_Sizes], None]] = {
     "solving 2048 atoms of 256 features": lambda n: _fista(n, 2048, 256),
 }
 
+_HALF = torch.float16
+_SMALLEST: dict[str, Callable[[_Sizes], None]] = {
+    **{f"latent 1, {prior} prior": lambda n, p=prior: _gaussian(n, _HALF, 1, p) for prior in ("none", "shared")},
+    "one pixel": lambda n: _likelihood(n, _HALF, 1, None),
+    "one pixel's Gaussian": lambda n: _likelihood(n, _HALF, 1, (1,)),
+    **{f"one class, {prior} prior": lambda n, p=prior: _categorical(n, _HALF, 1, p) for prior in ("none", "shared")},
+    "one class, hard": lambda n: _categorical(n, _HALF, 1, hard=True),
+    **{f"{noise} of one feature": lambda n, kind=noise: _corruption(n, _HALF, kind, 1) for noise in _NOISES},
+    "full covariance of 2": lambda n: _full_gaussian(n, _HALF, 2),
+    "importance-weighted, latent 1": lambda n: _importance(n, _HALF, 1),
+    "mixture, latent 1": lambda n: _mixture(n, 1),
+    "one component of one Gaussian": lambda n: _mixture_prior(n, False, 1, 1, 1),
+    "one component of one class": lambda n: _mixture_prior(n, True, 1, 1, 1),
+    "one word": lambda n: _cross_entropy(n, _HALF, 0.0, 1, 1),
+    "one word, smoothed": lambda n: _cross_entropy(n, _HALF, 0.1, 1, 1),
+    "LSTM of one unit": lambda n: _lstm(n, _HALF, 1),
+    "LSTM of 256 units": lambda n: _lstm(n, _HALF, 256),
+    "GRU": lambda n: _gru(n, _HALF),
+    "layer-normalized LSTM of one unit": lambda n: _layer_norm_lstm(n, _HALF, 1),
+    "one atom of one feature": lambda n: _ista(n, 1, 1),
+    "solving one atom of one feature": lambda n: _fista(n, 1, 1),
+}
+
 if __name__ == "__main__":
+    if "--smallest" in sys.argv:
+        print(compile_smallest())
+        sys.exit()
     collected = list(rows())
     if "--json" in sys.argv:
         print(json.dumps({"triton": triton.__version__, "rows": collected, "table": write_table(collected)}))

@@ -21,16 +21,25 @@ MAX_SHARED_BYTES = 99 * 1024  # of a program on sm_86 and sm_89; sm_80 has 163 K
 pytestmark = pytest.mark.slow  # compiles over a hundred kernels
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def output_of_script(option: str, cache: Path) -> str:
     # A process of its own: kernels imported under the interpreter cannot be compiled.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["TRITON_CACHE_DIR"] = str(cache)
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--json"], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, str(SCRIPT), option], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return json.loads(output_of_script("--json", tmp_path_factory.mktemp("triton")))
+
+
+def test_sizes_of_one_compile(tmp_path: Path) -> None:
+    """Triton makes a constant of an argument that is 1, which the interpreter does not."""
+    assert int(output_of_script("--smallest", tmp_path)) > 40
 
 
 def test_every_kernel_is_compiled(compiled: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The backends as a whole: instruction sets, a missing core, what an import loads, what `describe` tells."""
 
+import contextlib
 import functools
 import os
 import platform
@@ -188,7 +189,8 @@ def test_describe_covers_every_op_on_both_devices():
     )
     assert all(row.backend in ("C++", "Triton", "reference") and row.reason for row in rows)
     needs_core()
-    products = {"top_k_encode", "top_k_encode_backward", "top_k_decode", "top_k_decode_backward", "ista_backward"}
+    products = {"ista_backward", "sparse_pursue"}
+    products |= {"top_k_encode", "top_k_encode_backward", "top_k_decode", "top_k_decode_backward"}
     for row in rows:
         if row.device == "cpu":
             assert row.backend == ("reference" if row.op in products else "C++"), row
@@ -200,3 +202,26 @@ def test_public_functions_are_those_of_the_ops():
     assert set(fastvae.functional.__all__) == {name.partition(" ")[0] for name in CASES} | OTHERS
     assert fastvae.functional.lstm_decode is lstm.lstm_decode
     assert fastvae.functional.linear_cross_entropy is cross_entropy.linear_cross_entropy
+
+
+def test_ops_that_wait_for_the_host_are_kept_out_of_cuda_graphs():
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
+    if unsafe is None:
+        pytest.skip("this PyTorch has no such tag")
+    marked = {name for name in backend_module._OPS if unsafe in getattr(torch.ops.fastvae, name).default.tags}
+    assert marked == {"sparse_encode", "sparse_encode_backward", "sparse_pursue", "generate"}
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
+    """Triton takes the current device, which need not be theirs."""
+    entered = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        entered.append(tensor)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    x = torch.ones(3)
+    assert backend_module._on_its_device(lambda count, tensor: tensor * count)(2, x).tolist() == [2, 2, 2]
+    assert entered == [x]

@@ -1,13 +1,13 @@
-"""The recurrences as CUDA serves them, through Triton's interpreter on CPU tensors, against the C++ core."""
+"""Ops as CUDA serves them, through Triton's interpreter on CPU tensors, against the C++ core."""
 
 import os
 import warnings
 
 import pytest
 import torch
-from cases import results
+from cases import CASES, leaves, results
 
-from fastvae.ops import gru, layer_norm_lstm, lstm
+from fastvae.ops import cross_entropy, gru, layer_norm_lstm, lstm, mixture
 from fastvae.ops.recurrence import triton_backward, triton_forward
 
 
@@ -41,3 +41,43 @@ def test_matches_the_core(name, dtype, expected, on_triton):
     for ours, core in zip(results(name, dtype, batch=5), expected[name, dtype], strict=True):
         assert ours.dtype == core.dtype
         assert (ours - core).abs().max() <= tolerance * core.abs().max().clamp_min(0.1)
+
+
+@pytest.mark.parametrize("name", ["lstm_decode", "gru_decode", "layer_norm_lstm_decode"])
+def test_a_length_beyond_the_tokens_counts_as_all_of_them(name, on_triton):
+    """Values are not looked at on a GPU; the C++ core raises."""
+    inputs, found = leaves(CASES[name], torch.float32, 3), []
+    time = inputs["tokens"].shape[1]
+    for first in (time, time + 5):
+        inputs["lengths"] = torch.tensor([first, 1, 2])
+        outputs = CASES[name].call(**inputs)
+        differentiable = [tensor for tensor in inputs.values() if tensor.requires_grad]
+        found.append([*outputs, *torch.autograd.grad(sum(output.sum() for output in outputs), differentiable)])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+def test_cross_entropy_with_a_strided_bias():
+    hidden, weight, target = torch.randn(5, 7), torch.randn(11, 7), torch.randint(11, (5, 1))
+    bias = torch.randn(11, 3)[:, 1]
+    operands = hidden, weight, bias, target
+    losses, lse = cross_entropy._cuda_forward(*operands, -100, 0.0)
+    torch.testing.assert_close(losses, cross_entropy.reference(*operands, -100, 0.0)[0])
+    settings = lse, -100, 0.0, [], True, True
+    grads = cross_entropy._cuda_backward(torch.ones(5), *operands, *settings)
+    expected = cross_entropy._cuda_backward(torch.ones(5), hidden, weight, bias.contiguous(), target, *settings)
+    assert all(map(torch.equal, grads, expected))
+
+
+@pytest.mark.parametrize("size", [5, 300])  # of the second the tiles would not fit registers
+def test_mixtures_of_many_components(size, monkeypatch):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs TRITON_INTERPRET=1, which a machine without a GPU has")
+    calls = []
+    monkeypatch.setattr(mixture, "reference", lambda *inputs, of=mixture.reference: calls.append(0) or of(*inputs))
+    shapes = (3, 2, 64), (3, 2, 64), (3, 2, size), (2, size, 64), (2, size, 64)
+    inputs = [torch.randn(shape) for shape in shapes]
+    outputs = mixture._cuda(*inputs)
+    assert len(calls) == (size == 300)
+    for ours, core in zip(outputs, mixture._mixture(*inputs), strict=True):
+        torch.testing.assert_close(ours, core, rtol=1e-4, atol=1e-4)
