@@ -318,8 +318,6 @@ def renewed(text: str, folder: Path = RESULTS) -> str:
         "ptb": lambda: penn_treebank(folder),
         "dailydialog_mixtures": lambda: mixtures(folder / "dailydialog_mixtures.json"),
         "dailydialog_seeds": lambda: mixture_seeds(folder, "dailydialog"),
-        "dailydialog_3_epochs": lambda: mixtures(folder / "dailydialog_3_epochs_mixtures.json"),
-        "dailydialog_3_epochs_seeds": lambda: mixture_seeds(folder, "dailydialog_3_epochs"),
         "ptb_mixtures": lambda: mixtures(folder / "ptb_mixtures.json"),
         "controlled": lambda: controlled(folder / CONTROLLED.name),
     }
