@@ -121,7 +121,7 @@ def test_folder_of_images(tmp_path):
     assert coloured.labels is None  # one lies in no sub-folder
 
     Image.fromarray(images[0, :5]).save(tmp_path / "dogs" / "small.png")
-    with pytest.raises(ValueError, match=r"1\.png has 9 x 6 and small\.png 9 x 5 pixels; image_size"):
+    with pytest.raises(ValueError, match=r"1\.png has 9 x 6 and small\.png 9 x 5 pixels; fastvae train --image-size"):
         load_array(tmp_path)
     assert load_array(tmp_path, "all", image_size=4).shape == (3, 4, 4)
     deep = tmp_path / "deep.png"
