@@ -9,6 +9,7 @@ import gzip
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -271,12 +272,20 @@ def read_image(path: Path, mode: str, size: int = 0) -> NDArray[Any]:
     Raises:
         ValueError: it cannot be read as an image.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
+
+    with _opened_image(path) as opened:
+        image = opened.convert(mode)
+        return np.asarray(ImageOps.fit(image, (size, size)) if size else image)
+
+
+@contextmanager
+def _opened_image(path: Path) -> Iterator[Any]:
+    from PIL import Image
 
     try:
         with Image.open(path) as opened:
-            image = opened.convert(mode)
-            return np.asarray(ImageOps.fit(image, (size, size)) if size else image)
+            yield opened
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a damaged PNG
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
@@ -306,13 +315,8 @@ def _image_folder(folder: Path, size: int) -> Samples:
 
 
 def _image_mode(path: Path) -> str:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            mode = opened.mode
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    with _opened_image(path) as opened:
+        mode = opened.mode
     return "L" if mode in ("1", "L", "LA") else "F" if mode[0] in "IF" else "RGB"
 
 

@@ -194,6 +194,12 @@ def recording() -> Iterator[None]:
         yield
 
 
+def in_autocast(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on for the device of `tensor`."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def in_autocast_dtype(weight: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
     """Return the operands in the dtype autocast asks for, unchanged outside autocast.
 
@@ -201,9 +207,9 @@ def in_autocast_dtype(weight: torch.Tensor, *others: torch.Tensor | None) -> lis
     would lose digits and gain nothing.
     """
     operands = [weight, *others]
-    device = weight.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not in_autocast(weight):
         return operands
+    device = weight.device.type
     dtype = weight.dtype if device == "cpu" else torch.get_autocast_dtype(device)
     return [t if t is None else t.to(dtype) for t in operands]
 

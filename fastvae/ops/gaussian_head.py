@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae.ops import gaussian
-from fastvae.ops.backend import CORE, compute_dtype, dtype_code, first_order, pointer, register
+from fastvae.ops.backend import CORE, compute_dtype, dtype_code, first_order, in_autocast, pointer, register
 from fastvae.ops.checks import check_choice, check_float, check_like, check_samples, check_shape
 from fastvae.ops.random import seed_of
 
@@ -213,8 +213,7 @@ def gaussian_head(
     Source: Kingma & Welling 2014, "Auto-encoding variational Bayes", section 2.4.
     """
     check_float("hidden", hidden)
-    device = hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if in_autocast(hidden):
         hidden = hidden.to(weight.dtype)  # up: log_var in half precision would cost the KL its digits
     check_like("weight", weight, "hidden", hidden)
     if weight.dim() != 2 or weight.shape[0] % 2 or hidden.dim() == 0 or weight.shape[1] != hidden.shape[-1]:

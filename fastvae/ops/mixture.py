@@ -151,20 +151,19 @@ _triton_backward = kernel("mixture", "backward")
 _MAX_TILE_CUDA = 16384  # K * D, each rounded up to a power of 2: a program holds a sentence's share of it in registers
 
 
-def _by_reference(components: Tensor) -> bool:
+def _by_reference(components: Tensor | None) -> bool:
+    assert components is not None
     tile = math.prod(1 << (size - 1).bit_length() for size in components.shape[1:])
     return components.dtype == torch.float64 or tile > _MAX_TILE_CUDA
 
 
 def _cuda(*inputs: Tensor | None) -> tuple[Tensor, ...]:
-    assert inputs[4] is not None
     if _by_reference(inputs[4]):
         return reference(*inputs)  # type: ignore[arg-type]
     return _triton_forward(*(None if x is None else x.contiguous() for x in inputs))
 
 
 def _cuda_backward(grads: list[Tensor], aggregate: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    assert inputs[4] is not None
     if _by_reference(inputs[4]):
         return reference_backward(grads, aggregate, *inputs)
     dense = (None if x is None else x.contiguous() for x in inputs)

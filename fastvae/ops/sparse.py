@@ -337,13 +337,13 @@ def _warn(status: Tensor, max_iter: int) -> None:
 
 # ----------------------------------------------------------------------------------------------- C++ on CPU
 _BLOCK_PRODUCTS = 1 << 20  # numbers of x A' at a time: 4 MB of float32
-MAX_GRAM_ATOMS = 8192  # a Gram matrix of 256 MB; beyond, FISTA without one
+_MAX_GRAM_ATOMS = 8192  # a Gram matrix of 256 MB; beyond, FISTA without one
 
 
 def _cpu_encode(method: str, x: Tensor, dictionary: Tensor, l1: Tensor, weights: Tensor, l2: float, positive: bool,
                 init: Tensor | None, tol: float, max_iter: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     atoms = dictionary.shape[0]
-    if method not in ("auto", "cd") or atoms > MAX_GRAM_ATOMS or atoms == 0:
+    if method not in ("auto", "cd") or atoms > _MAX_GRAM_ATOMS or atoms == 0:
         return _reference_op(method, x, dictionary, l1, weights, l2, positive, init, tol, max_iter)  # type: ignore[return-value]
     squared = _check_values(x, dictionary, init, l1=l1, weights=weights)
     solved = _core_encode(x, dictionary, l1, weights, l2, positive, init, tol, max_iter, squared)
@@ -368,10 +368,7 @@ def _solve_missed(solved: tuple[Tensor, ...], solve: Callable[..., Any], dtype: 
         codes, _, iterations, _ = solve(*operands, l2, positive, None, tol, max_iter)
         codes = codes.to(x.dtype)
         xs, atoms, penalty, factors = (t.double() for t in (x[rows], dictionary, l1[rows], weights))
-        h = codes.double()
-        r = xs - h @ atoms
-        energy = r.square().sum(1) + l2 * h.square().sum(1)
-        gap = reference_gap(h, r @ atoms.T - l2 * h, energy, penalty, factors, positive)
+        gap = duality_gap(xs, atoms, codes.double(), penalty, l2=l2, weights=factors, positive=positive)
         gap = gap / xs.square().sum(1).clamp_min(torch.finfo(x.dtype).tiny)
         better = ~(solved[1][rows] <= gap)
         status = torch.where(gap <= tol, CONVERGED, MISSED)
@@ -415,7 +412,7 @@ def _cpu_encode_backward(grad: Tensor, codes: Tensor, x: Tensor, dictionary: Ten
                          l2: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     assert CORE is not None
     atoms = dictionary.shape[0]
-    if atoms > MAX_GRAM_ATOMS or atoms == 0:
+    if atoms > _MAX_GRAM_ATOMS or atoms == 0:
         return reference_encode_backward(grad, codes, x, dictionary, l1, weights, l2)
     codes, grad, gram = codes.contiguous(), grad.contiguous(), dictionary @ dictionary.T
     v = large(torch.empty_like(codes))
@@ -822,8 +819,8 @@ def sparse_encode(
     on_cpu = x.device.type == "cpu" and CORE is not None
     if solver == "cd" and not on_cpu:
         raise ValueError(f"solver: 'cd' runs in the C++ core on cpu tensors, use 'fista' on {x.device}")
-    if solver == "cd" and dictionary.shape[0] > MAX_GRAM_ATOMS:
-        raise ValueError(f"solver: 'cd' takes up to {MAX_GRAM_ATOMS} atoms, use 'fista' for {dictionary.shape[0]}")
+    if solver == "cd" and dictionary.shape[0] > _MAX_GRAM_ATOMS:
+        raise ValueError(f"solver: 'cd' takes up to {_MAX_GRAM_ATOMS} atoms, use 'fista' for {dictionary.shape[0]}")
     if sparse_output:
         return _encode_to_csr(
             x, dictionary, l1, l2=l2, weights=weights, positive=positive, init=init, solver=solver, tol=tol,

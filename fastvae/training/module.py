@@ -211,7 +211,7 @@ class RunModule(LightningModule):
             self._check_finite(terms, step)
 
     def _check_finite(self, terms: list[float], step: int, where: str = "") -> None:
-        for term, value in zip(self.watched, terms, strict=False):
+        for term, value in zip(self.watched, terms, strict=True):
             if not math.isfinite(value):
                 raise NonFiniteLossError(
                     f"the {term} became {value} at step {step}{where}; training stopped and the last good "
@@ -269,7 +269,7 @@ class RunModule(LightningModule):
         assert self._validation is not None
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(self._validation)
-        self._check_finite(self._validation.tolist(), self.global_step, ", in validation")
+        self._check_finite(self._validation[: len(self.watched)].tolist(), self.global_step, ", in validation")
         values = {f"valid/{name}": value for name, value in self.averages(self._validation).items()}
         if self._latents.count:
             values["valid/active_units"] = float((self._latents.variance > ACTIVE_VARIANCE).sum())

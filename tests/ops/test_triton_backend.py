@@ -10,12 +10,14 @@ from cases import CASES, leaves, results
 from fastvae.ops import cross_entropy, gru, layer_norm_lstm, lstm, mixture
 from fastvae.ops.recurrence import triton_backward, triton_forward
 
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, which a machine without a GPU has"
+)
+
 
 @pytest.fixture
 def on_triton():
     """Serve the recurrences' ops on the CPU as they are served on CUDA."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("needs TRITON_INTERPRET=1, which a machine without a GPU has")
     with torch.library._scoped_library("fastvae", "IMPL") as library:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it overrides
             for module, outputs, saved in ((lstm, 3, 2), (gru, 2, 1), (layer_norm_lstm, 3, 3)):
@@ -56,7 +58,6 @@ def test_a_length_beyond_the_tokens_counts_as_all_of_them(name, on_triton):
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 def test_cross_entropy_with_a_strided_bias():
     hidden, weight, target = torch.randn(5, 7), torch.randn(11, 7), torch.randint(11, (5, 1))
     bias = torch.randn(11, 3)[:, 1]
@@ -71,8 +72,6 @@ def test_cross_entropy_with_a_strided_bias():
 
 @pytest.mark.parametrize("size", [5, 300])  # of the second the tiles would not fit registers
 def test_mixtures_of_many_components(size, monkeypatch):
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("needs TRITON_INTERPRET=1, which a machine without a GPU has")
     calls = []
     monkeypatch.setattr(mixture, "reference", lambda *inputs, of=mixture.reference: calls.append(0) or of(*inputs))
     shapes = (3, 2, 64), (3, 2, 64), (3, 2, size), (2, size, 64), (2, size, 64)
